@@ -1,0 +1,195 @@
+"""Every dial of a run, in three frozen dataclasses, and the presets that set them together.
+
+A notebook's `parameters` cell holds plain scalars with the same names, so one flat dictionary is enough to describe a
+run: `Config.from_flat({"preset": "quick", "beta_max": 0.5})`. An unknown name fails with the nearest match.
+"""
+
+import difflib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "bach"  # bach, jsfakes, jsb, folder, or a sum such as "bach+jsfakes"
+    archive: str = ""  # local zip, folder or file to read instead of downloading; the tree of MIDI for `folder`
+    data_dir: str = "data"  # where corpora and token stores are cached
+    limit: int = 0  # read only the first pieces of each source; 0 reads all
+    tokenizer: str = "REMI"  # MidiTok tokenizer: REMI, TSD or MMM
+    bpe_vocab: int = 0  # vocabulary size after BPE, learned on the training split; 0 uses no BPE
+    n_bars: int = 4  # bars a window
+    hop: int = 1  # bars between the starts of two training windows
+    transpose: bool = True  # store the training windows in twelve keys, -5 to +6 semitones
+    store: str = ""  # folder of the token store; filled in by the tokenization
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    d_model: int = 128  # width D of encoder and decoder
+    enc_layers: int = 2  # transformer blocks in the encoder
+    dec_layers: int = 3  # transformer blocks in the decoder
+    n_heads: int = 4  # attention heads
+    dropout: float = 0.0  # dropout inside the blocks (token dropout is a training setting)
+    tie_weights: bool = True  # the output layer shares the decoder's embedding
+    bottleneck: str = "rows"  # conv, linear1d, linear2d, rows or none
+    variational: bool = True  # False: a plain autoencoder, z = mu and no KL
+    rows_per_bar: int = 4  # rows bottleneck: latent rows a bar (1 bar, 2 half bars, 4 beats)
+    latent_channels: int = 16  # C, channels of a latent row
+    conv_stride: int = 8  # conv bottleneck: tokens a latent row, a power of two
+    condition: str = "both"  # how the decoder reads z: cross, in or both
+    max_tokens: int = 512  # longest window in tokens; longer ones are left out of the store
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000  # optimiser steps
+    batch_size: int = 32  # windows a step
+    accumulate: int = 1  # micro-batches a step; batch_size is their sum
+    lr: float = 1e-3  # peak learning rate
+    lr_warmup: int = 100  # steps of linear learning-rate warm-up, before the cosine
+    weight_decay: float = 0.01  # AdamW decay, on matrices only
+    grad_clip: float = 1.0  # largest gradient norm
+    recon_scale: str = "sequence"  # sequence: the ELBO; token: the classic mistake, kept to be shown
+    beta_schedule: str = "linear"  # constant, linear or cyclical
+    beta_max: float = 1.0  # weight of the KL at the end of the warm-up
+    beta_warmup: int = 500  # steps of linear ramp (linear) or of one cycle (cyclical)
+    free_bits: float = 0.0  # nats per latent dimension that cost nothing
+    target_rate: float = 0.0  # nats per window to hold the KL at, by |KL - C|; 0 turns it off
+    target_start: float = 0.0  # target rate at step 0, lowered linearly over beta_warmup; 0 starts at target_rate
+    dec_token_dropout: float = 0.3  # share of decoder input tokens replaced
+    enc_token_dropout: float = 0.0  # share of encoder input tokens replaced
+    dropout_kind: str = "mask"  # replace by the mask token, or by a random token
+    spare_structure: bool = True  # token dropout never touches bar and position tokens
+    ema: float = 0.0  # decay of the moving average of the weights; 0 turns it off
+    precision: str = "auto"  # auto (bf16 where it helps), bf16 or fp32
+    compile: bool = False  # torch.compile the model
+    eval_every: int = 200  # steps between validations
+    eval_windows: int = 256  # validation windows per validation, drawn once
+    patience: int = 0  # validations without progress before stopping; 0 never stops early
+    threads: int = 0  # CPU threads; 0 leaves torch's choice
+    seed: int = 0  # of weights, batches and noise
+    wandb: str = "offline"  # off, offline or online
+
+
+# What each preset changes. Cost and expected result stand beside it.
+PRESETS: dict[str, dict[str, object]] = {
+    # A few seconds: for tests and for a first look at the plumbing. Nothing is learned.
+    "tiny": {
+        "d_model": 32, "enc_layers": 1, "dec_layers": 1, "n_heads": 2, "latent_channels": 4, "steps": 12,
+        "batch_size": 8, "lr_warmup": 4, "beta_warmup": 6, "eval_every": 6, "eval_windows": 16, "wandb": "off",
+    },
+    "quick": {},
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        check(self)
+
+    @classmethod
+    def from_flat(cls, values: dict) -> "Config":
+        """Build from one flat dictionary; `preset`, if there, is applied first. Raises ValueError on unknown names."""
+        values = dict(values)
+        preset = values.pop("preset", "")
+        if preset:
+            values = {**preset_values(preset), **values}
+        known = flat_names()
+        for name in values:
+            if name not in known:
+                raise ValueError(f"unknown parameter {name!r}{nearest(name, known)}")
+        return cls(*(part(**{f.name: typed(f, values[f.name]) for f in fields(part) if f.name in values})
+                     for part in PARTS))
+
+    @classmethod
+    def from_dict(cls, nested: dict) -> "Config":
+        """Build from `to_dict()`'s form: {"data": {...}, "model": {...}, "train": {...}}."""
+        unknown = set(nested) - {"data", "model", "train"}
+        if unknown:
+            raise ValueError(f"unknown section {sorted(unknown)[0]!r}: expected data, model and train")
+        return cls.from_flat({k: v for part in nested.values() for k, v in part.items()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Config":
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (json.JSONDecodeError, AttributeError) as e:
+            raise ValueError(f"{path} is not a config: {e}") from e
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def flat(self) -> dict:
+        return {**asdict(self.data), **asdict(self.model), **asdict(self.train)}
+
+    def replace(self, **values) -> "Config":
+        """A copy with some dials changed, by their flat names."""
+        return Config.from_flat({**self.flat(), **values})
+
+
+PARTS = (DataConfig, ModelConfig, TrainConfig)
+
+CHOICES = {
+    "tokenizer": ("REMI", "TSD", "MMM"),
+    "bottleneck": ("conv", "linear1d", "linear2d", "rows", "none"),
+    "condition": ("cross", "in", "both"),
+    "recon_scale": ("sequence", "token"),
+    "beta_schedule": ("constant", "linear", "cyclical"),
+    "dropout_kind": ("mask", "random"),
+    "precision": ("auto", "bf16", "fp32"),
+    "wandb": ("off", "offline", "online"),
+    "rows_per_bar": (1, 2, 4),
+}
+POSITIVE = ("n_bars", "hop", "d_model", "enc_layers", "dec_layers", "n_heads", "latent_channels", "conv_stride",
+            "max_tokens", "steps", "batch_size", "accumulate", "lr", "grad_clip", "eval_every", "eval_windows")
+SHARES = ("dropout", "dec_token_dropout", "enc_token_dropout", "ema")
+
+
+def flat_names() -> set[str]:
+    return {f.name for part in PARTS for f in fields(part)}
+
+
+def preset_values(name: str) -> dict:
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}{nearest(name, PRESETS)}; expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def nearest(name: str, known) -> str:
+    match = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def typed(f, value):
+    """The value as the field's type: an int is welcome where a float is declared, nothing else is converted."""
+    if f.type is float and type(value) is int:
+        value = float(value)
+    if type(value) is not f.type:
+        raise ValueError(f"parameter {f.name!r}: expected {f.type.__name__}, got {value!r}")
+    return value
+
+
+def check(config: Config) -> None:
+    flat = config.flat()
+    for name, allowed in CHOICES.items():
+        if flat[name] not in allowed:
+            raise ValueError(f"parameter {name!r}: expected one of {', '.join(map(str, allowed))}, got {flat[name]!r}")
+    for name in POSITIVE:
+        if flat[name] <= 0:
+            raise ValueError(f"parameter {name!r}: expected more than 0, got {flat[name]!r}")
+    for name in SHARES:
+        if not 0 <= flat[name] < 1:
+            raise ValueError(f"parameter {name!r}: expected a share in [0, 1), got {flat[name]!r}")
+    if flat["d_model"] % (2 * flat["n_heads"]):
+        raise ValueError(f"parameter 'd_model': expected a multiple of 2 * n_heads = {2 * flat['n_heads']}, "
+                         f"got {flat['d_model']}")
+    if flat["conv_stride"] & (flat["conv_stride"] - 1):
+        raise ValueError(f"parameter 'conv_stride': expected a power of two, got {flat['conv_stride']}")
+    if flat["batch_size"] % flat["accumulate"]:
+        raise ValueError(f"parameter 'accumulate': expected a divisor of batch_size {flat['batch_size']}, "
+                         f"got {flat['accumulate']}")

@@ -1,0 +1,194 @@
+"""The token store on disk, batches from it, and token dropout. No music library is needed here.
+
+A store is a folder of flat arrays, memory-mapped: every window is one run of ids, `BOS … EOS`, and every token has a
+*slot*: the sixteenth of the window, counted 16 to the bar, at which it stands. The slot is what tells the model which
+latent row a token belongs to. `SlotTable` derives slots from ids alone, one token at a time, so that generation keeps
+time without knowing the tokenizer.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PAD, BOS, EOS, MASK = 0, 1, 2, 3  # ids of the special tokens, the same in every tokenizer
+N_SPECIAL = 4
+SLOTS_PER_BAR = 16
+SPLITS = ("train", "valid", "test")
+# Whence a window comes: the number of its piece, its first bar, semitones of transposition, the number of its split.
+WINDOW = np.dtype([("piece", np.int32), ("bar", np.int32), ("shift", np.int8), ("split", np.int8)])
+
+
+class SlotTable:
+    """What each id does to the clock, (V, 5) integers: resets, bars, position, unit, shift.
+
+    resets: 1 where a new voice starts from the window's first bar again. bars: bars opened. position: the position in
+    the bar it sets, -1 for none. unit: 32nds a position or shift of one counts from here on, 0 for no change. shift:
+    positions it moves on.
+    """
+
+    def __init__(self, rows: np.ndarray | list, n_bars: int):
+        self.rows = torch.as_tensor(np.asarray(rows), dtype=torch.long)
+        self.n_slots = n_bars * SLOTS_PER_BAR
+
+    def start(self, batch: int) -> Tensor:
+        """The clock before the first token: (B, 4) bar, position, unit, time."""
+        return torch.tensor([0, 0, 2, 0]).repeat(batch, 1)
+
+    def advance(self, clock: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Read one id a sequence: clock (B, 4) and ids (B,) -> the next clock and the ids' slots (B,)."""
+        bar, position, unit, time = clock.unbind(1)
+        resets, bars, to, new_unit, shift = self.rows[ids].unbind(1)
+        bar = torch.where(resets > 0, bars, bar + bars)
+        unit = torch.where(new_unit > 0, new_unit, unit)
+        position = torch.where(to >= 0, to, position)
+        time = torch.where((resets > 0) | (bars > 0), shift, time + shift)
+        in_bar = position * unit // 2 + time * unit // 2
+        in_bar = torch.where(bar > 0, in_bar.clamp(max=SLOTS_PER_BAR - 1), in_bar)  # a tokenizer without bars runs on
+        slots = ((bar - 1).clamp(min=0) * SLOTS_PER_BAR + in_bar).clamp(max=self.n_slots - 1)
+        return torch.stack([bar, position, unit, time], 1), slots
+
+    def slots(self, ids: Tensor) -> Tensor:
+        """Slots of whole sequences, (B, T) -> (B, T)."""
+        clock, columns = self.start(len(ids)), []
+        for column in ids.unbind(1):
+            clock, slots = self.advance(clock, column)
+            columns.append(slots)
+        return torch.stack(columns, 1)
+
+
+class Batch(NamedTuple):
+    """Windows padded to the longest, (B, T) each."""
+
+    ids: Tensor  # BOS … EOS, then PAD
+    slots: Tensor  # the sixteenth each token stands at
+
+    def to(self, device) -> "Batch":
+        return Batch(*(x.to(device, non_blocking=True) for x in self))
+
+
+class Windows:
+    """Tokenized windows: flat ids and slots, where each window begins, and whence it comes (`WINDOW` records)."""
+
+    def __init__(self, ids: np.ndarray, slots: np.ndarray, offsets: np.ndarray, windows: np.ndarray):
+        self.ids, self.slots, self.offsets, self.windows = ids, slots, offsets, windows
+
+    @classmethod
+    def pack(cls, sequences: list[np.ndarray], slots: list[np.ndarray], windows: list[tuple] | np.ndarray) -> "Windows":
+        """From one array a window; they stay in memory."""
+        return cls(np.concatenate(sequences), np.concatenate(slots), np.cumsum([0] + [len(s) for s in sequences]),
+                   np.array(windows, dtype=WINDOW))
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def select(self, split: str, shift: int | None = None) -> np.ndarray:
+        """Indices of the windows of a split; with `shift`, only those transposed by so many semitones."""
+        if split not in SPLITS:
+            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+        chosen = self.windows["split"] == SPLITS.index(split)
+        if shift is not None:
+            chosen &= self.windows["shift"] == shift
+        return np.flatnonzero(chosen)
+
+    def batch(self, indices) -> Batch:
+        return Batch(*(pad_sequences([array[self.offsets[i]:self.offsets[i + 1]] for i in indices])
+                       for array in (self.ids, self.slots)))
+
+
+class TokenStore(Windows):
+    """A store on disk, memory-mapped. Raises FileNotFoundError with what to do when there is none."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / "meta.json").exists():
+            raise FileNotFoundError(f"no token store in {self.folder}: run notebooks/02_tokenization_and_dropout "
+                                    "first, or mtxlib.tokens.build_store")
+        meta = json.loads((self.folder / "meta.json").read_text())
+        self.vocab_size, self.n_bars, self.pieces = meta["vocab_size"], meta["n_bars"], meta["pieces"]
+        self.table = SlotTable(meta["slot_table"], self.n_bars)
+        self.is_structure = torch.tensor(meta["is_structure"])
+        super().__init__(*(np.load(self.folder / f"{name}.npy", mmap_mode="r")
+                           for name in ("ids", "slots", "offsets", "windows")))
+
+
+def pad_sequences(sequences: list[np.ndarray]) -> Tensor:
+    """Sequences of any length -> (B, longest), filled up with PAD."""
+    out = np.full((len(sequences), max(map(len, sequences))), PAD, dtype=np.int64)
+    for row, sequence in zip(out, sequences, strict=True):
+        row[:len(sequence)] = sequence
+    return torch.from_numpy(out)
+
+
+def write_store(folder: str | Path, windows: Windows, meta: dict, save: Callable[[Path], None]) -> TokenStore:
+    """Write a store beside `folder`, then rename: it is there whole or not at all. `save` writes tokenizer.json."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    dtype = np.uint16 if meta["vocab_size"] < 2**16 else np.uint32
+    np.save(tmp / "ids.npy", windows.ids.astype(dtype))
+    np.save(tmp / "slots.npy", windows.slots.astype(np.uint16))
+    np.save(tmp / "offsets.npy", windows.offsets)
+    np.save(tmp / "windows.npy", windows.windows)
+    save(tmp / "tokenizer.json")
+    (tmp / "meta.json").write_text(json.dumps(meta))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(tmp, folder)
+    return TokenStore(folder)
+
+
+def epoch_batches(lengths: np.ndarray, indices: np.ndarray, batch_size: int, seed: int, epoch: int,
+                  pool: int = 50) -> list[np.ndarray]:
+    """One epoch of batches of equal size, windows of like length together; a pure function of (seed, epoch).
+
+    Shuffle, sort by length within pools of `pool` batches, cut, shuffle the batches. The remainder of an epoch that
+    does not fill a batch is left to the next epochs' shuffles.
+    """
+    if len(indices) < batch_size:
+        indices = np.resize(indices, batch_size)
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(indices)
+    pools = (order[i:i + pool * batch_size] for i in range(0, len(order), pool * batch_size))
+    order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
+    batches = np.split(order[:len(order) // batch_size * batch_size], len(order) // batch_size)
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+@dataclass(frozen=True)
+class TokenDropout:
+    """Replace a share of tokens by MASK or by random tokens, so that the decoder cannot lean on what it was given.
+
+    Whole tokens are replaced, not dimensions of their embeddings (Bowman 2016, "word dropout"). PAD, BOS and EOS stay,
+    and with `spare` (V,) True for ids that must stay, bar and position tokens as well. Slots are left alone: the
+    model always knows when, not what.
+    """
+
+    share: float
+    vocab_size: int
+    kind: str = "mask"
+    spare: Tensor | None = None
+
+    def __call__(self, ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """ids (B, T) -> a new tensor (B, T); no Python loop."""
+        if not self.share:
+            return ids
+        hit = torch.rand(ids.shape, generator=generator, device=ids.device) < self.share
+        hit &= ids >= N_SPECIAL
+        if self.spare is not None:
+            hit &= ~self.spare.to(ids.device)[ids]
+        if self.kind == "mask":
+            return ids.masked_fill(hit, MASK)
+        return torch.where(hit, torch.randint(N_SPECIAL, self.vocab_size, ids.shape, generator=generator,
+                                              device=ids.device), ids)

@@ -1,0 +1,80 @@
+"""From a latent to token ids: decoding with a key-value cache, prior samples, slerp between latents.
+
+Everything here is tokens and tensors; `run.py` makes scores of them. The clock of `SlotTable` tells where in the
+window the next token stands, so decoding needs no tokenizer.
+"""
+
+import torch
+from torch import Tensor
+
+from .data import BOS, EOS, N_SPECIAL, SlotTable
+from .model import MusicVAE
+
+
+@torch.no_grad()
+def decode(model: MusicVAE, table: SlotTable, z: Tensor, is_live: Tensor | None = None, *, temperature: float = 0.0,
+           top_p: float = 1.0, max_tokens: int = 0, seed: int = 0) -> list[list[int]]:
+    """Decode each z from itself alone: z (B, S, C) -> B lists of ids, from BOS to EOS (or cut at max_tokens).
+
+    temperature 0 is greedy; top_p keeps the most likely tokens of so much mass (Holtzman 2020). A sequence that has
+    ended leaves the batch, so the longest does not pay for all.
+    """
+    device = z.device
+    generator = torch.Generator(device).manual_seed(seed)
+    is_live = torch.ones(z.shape[:2], dtype=torch.bool, device=device) if is_live is None else is_live
+    size = max_tokens or model.config.max_tokens
+    decoding = model.begin(z, is_live, size)
+    out = torch.full((len(z), size), EOS, device=device)
+    out[:, 0] = BOS
+    rows, clock = torch.arange(len(z), device=device), table.start(len(z))
+    for t in range(1, size):
+        clock, slots = table.advance(clock, out[rows, t - 1].cpu())
+        logits = model.proceed(out[rows, t - 1:t], slots.to(device)[:, None], decoding)[:, -1].float()
+        logits[:, [i for i in range(N_SPECIAL) if i != EOS]] = -torch.inf
+        has_ended = out[rows, t - 1] == EOS
+        out[rows, t] = choose(logits, temperature, top_p, generator).masked_fill(has_ended, EOS)
+        going = (out[rows, t] != EOS).nonzero()[:, 0]
+        if len(going) == 0:
+            break
+        if len(going) <= 0.8 * len(rows):  # copying the caches pays when enough sequences leave
+            rows, clock = rows[going], clock[going.cpu()]
+            decoding.keep(going)
+    return [cut_after_eos(ids) for ids in out.tolist()]
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """Next ids (B,) from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs > top_p, 0.0)
+    return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+
+def cut_after_eos(ids: list[int]) -> list[int]:
+    return ids[:ids.index(EOS) + 1] if EOS in ids else ids
+
+
+def prior_latents(model: MusicVAE, n: int, n_tokens: int, seed: int = 0) -> Tensor:
+    """z ~ N(0, 1), (n, S, C). `n_tokens` sets S for bottlenecks whose rows follow the tokens (conv, linear2d)."""
+    rows = model.bottleneck.n_rows(n_tokens) if model.bottleneck else 0
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(n, rows, model.config.latent_channels, generator=generator, device=device)
+
+
+def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """Spherical interpolation of latents of any shape, taken as one vector each (White 2016).
+
+    The angle is turned evenly, and the length goes evenly from one to the other: alpha 0 gives a, alpha 1 gives b,
+    exactly. Latents without an angle between them are mixed linearly.
+    """
+    if alpha in (0, 1):
+        return (b if alpha else a).clone()
+    na, nb = a.norm(), b.norm()
+    cos = (a * b).sum() / (na * nb).clamp(min=1e-12)
+    if na < 1e-6 or nb < 1e-6 or cos.abs() > 0.9999:
+        return (1 - alpha) * a + alpha * b
+    theta = cos.acos()
+    direction = ((1 - alpha) * theta).sin() / theta.sin() * a / na + (alpha * theta).sin() / theta.sin() * b / nb
+    return ((1 - alpha) * na + alpha * nb) * direction

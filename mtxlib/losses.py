@@ -1,0 +1,86 @@
+"""The objective, in one place and one unit: **nats per sequence**.
+
+A reconstruction is summed over the tokens of a window and a KL over all of its latent dimensions; both are then
+averaged over the batch. So `recon + kl` is the negative evidence lower bound (Kingma 2013, eq. 3) and beta = 1 means
+what it says. Averaging the cross-entropy over tokens while summing the KL, the classic mistake, multiplies beta by
+the length of the window; `objective(recon_scale="token")` keeps that mistake alive, to be shown.
+
+Shapes: B batch, T tokens, V vocabulary, S latent rows, C latent channels.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Terms(NamedTuple):
+    loss: Tensor  # what is differentiated
+    recon: Tensor  # nats per sequence
+    kl: Tensor  # nats per sequence, raw
+    kl_loss: Tensor  # nats per sequence, after free bits and target rate
+
+
+def reconstruction(logits: Tensor, targets: Tensor, is_pad: Tensor) -> Tensor:
+    """Cross-entropy of logits (B, T, V) against targets (B, T), summed over real tokens: (B,) nats."""
+    nats = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    return nats.masked_fill(is_pad, 0.0).sum(1)
+
+
+def kl_per_dim(mu: Tensor, logvar: Tensor, is_live: Tensor) -> Tensor:
+    """KL(N(mu, exp logvar) || N(0, 1)) of each dimension, (B, S, C) nats, 0 in rows that are not live (B, S)."""
+    mu, logvar = mu.float(), logvar.float()
+    kl = 0.5 * (mu.square() + logvar.exp() - 1.0 - logvar)
+    return kl.masked_fill(~is_live[..., None], 0.0)
+
+
+def with_free_bits(kl: Tensor, free_bits: float) -> Tensor:
+    """KL that counts, nats per sequence: each dimension's batch mean, but never less than `free_bits` nats.
+
+    The clamp comes after the batch mean (Kingma 2016, eq. 15 with one group a dimension), so a dimension may be cheap
+    for one window and dear for another. kl (B, S, C) -> scalar.
+    """
+    return kl.mean(0).clamp(min=free_bits).sum()
+
+
+def objective(recon: Tensor, kl: Tensor, beta: float, *, free_bits: float = 0.0, target_rate: float = 0.0,
+              recon_scale: str = "sequence", n_tokens: Tensor | None = None) -> Terms:
+    """loss = recon + beta * kl_loss.
+
+    recon (B,) and kl (B, S, C) in nats. kl_loss is the KL after free bits or, with a target rate C, |KL - C|
+    (Burgess 2018, eq. 8), which holds the rate at C nats. `recon_scale="token"` divides recon by each window's
+    `n_tokens` (B,) and leaves the KL summed.
+    """
+    raw = kl.mean(0).sum()
+    counted = (raw - target_rate).abs() if target_rate else with_free_bits(kl, free_bits)
+    scaled = recon / n_tokens if recon_scale == "token" else recon
+    return Terms(scaled.mean() + beta * counted, recon.mean(), raw, counted)
+
+
+def beta_at(step: int, schedule: str, beta_max: float, warmup: int) -> float:
+    """The weight of the KL at a step.
+
+    linear: from 0 to beta_max over `warmup` steps (Bowman 2016). cyclical: each cycle of `warmup` steps ramps over its
+    first half and stays for the second (Fu 2019, R = 0.5). constant: beta_max from the start.
+    """
+    if schedule == "constant" or warmup == 0:
+        return beta_max
+    if schedule == "linear":
+        return beta_max * min(1.0, step / warmup)
+    return beta_max * min(1.0, 2 * (step % warmup) / warmup)
+
+
+def rate_at(step: int, target_rate: float, target_start: float, warmup: int) -> float:
+    """The target rate at a step: from target_start (if given) down to target_rate over `warmup` steps."""
+    if not target_start or step >= warmup:
+        return target_rate
+    return target_start + (target_rate - target_start) * step / warmup
+
+
+def lr_at(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
+    """Factor of the learning rate: linear warm-up, then a cosine down to `floor` (Loshchilov 2017)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi))))

@@ -1,0 +1,159 @@
+"""`load_run(folder)`: a trained run as one object, on CPU or GPU. What notebooks, scripts and widgets use.
+
+Music goes in as paths or `symusic.Score`s and comes out as scores; latents are float32 tensors (N, S, C) on the CPU.
+"""
+
+from __future__ import annotations  # symusic.Score is no class: `Path | Score` cannot be evaluated
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model
+from symusic import Score
+from torch import Tensor
+
+from .config import Config
+from .corpus import Piece, load_corpus, normalise, read_score
+from .data import Windows
+from .diagnose import diagnose
+from .generate import decode, prior_latents, slerp
+from .measure import measure
+from .model import MusicVAE
+from .tokens import Codec, bar_starts, chain, cut, join, load_tokenizer, tokenize, window_bars
+
+BATCH = 128  # windows encoded or decoded at once
+
+
+def load_run(folder: str | Path, device: str = "") -> "Run":
+    """Load config.json, tokenizer.json and model.safetensors of a run folder.
+
+    Raises FileNotFoundError when one is missing, ValueError when the weights are not a run's.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder} is not a finished run: expected {name} in it; train it first "
+                                    "(`mtx run`, or notebooks/04_training)")
+    config = Config.load(folder / "config.json")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_weights(folder / "model.safetensors", config).to(device).eval()
+    return Run(folder, config, model, Codec(load_tokenizer(folder / "tokenizer.json"), config.data.n_bars))
+
+
+def load_weights(path: Path, config: Config) -> MusicVAE:
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata() or {}
+    except SafetensorError as e:
+        raise ValueError(f"{path}: expected weights as safetensors, got something else ({e})") from e
+    if metadata.get("format") != "mtxlib":
+        raise ValueError(f"{path}: expected weights saved by mtxlib.train, got a safetensors file without its mark")
+    model = MusicVAE(config.model, int(metadata["vocab_size"]), int(metadata["n_bars"]))
+    try:
+        load_model(model, path)
+    except RuntimeError as e:
+        raise ValueError(f"{path} does not fit the config.json beside it: {e}") from e
+    return model
+
+
+class Run:
+    def __init__(self, folder: Path, config: Config, model: MusicVAE, codec: Codec):
+        self.folder, self.config, self.model, self.codec = folder, config, model, codec
+        self.n_bars = config.data.n_bars
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    # -- music in -----------------------------------------------------------------------------------------------------
+
+    def score(self, music: str | Path | Score) -> Score:
+        """A path or score in normal form. Raises ValueError when a voice is one the tokenizer does not know."""
+        score = normalise(music) if isinstance(music, Score) else read_score(music)
+        known = set(self.codec.tokenizer.config.programs)
+        alien = sorted({-1 if t.is_drum else t.program for t in score.tracks if len(t.notes)} - known)
+        if alien:
+            raise ValueError(f"{music if isinstance(music, (str, Path)) else 'the score'}: expected voices with the "
+                             f"programs {sorted(known)} (four voices of a chorale get them by themselves), got {alien}")
+        return score
+
+    def windows(self, music: str | Path | Score) -> tuple[Score, list[int], list[Score]]:
+        """The normalised score, the first bar of each window, and the windows, end to end."""
+        score = self.score(music)
+        starts = bar_starts(score)
+        bars = window_bars(len(starts) - 1, self.n_bars, self.n_bars)
+        return score, bars, [cut(score, starts, bar, self.n_bars) for bar in bars]
+
+    def encode(self, music: list[str | Path | Score]) -> Tensor:
+        """Posterior means (N, S, C) of the windows of all pieces, one after the other, `n_bars` bars each."""
+        return self.encode_windows([w for piece in music for w in self.windows(piece)[2]])
+
+    @torch.no_grad()
+    def encode_windows(self, windows: list[Score]) -> Tensor:
+        """Posterior means (N, S, C) of scores that are windows already."""
+        sequences = self.codec.encode(windows)
+        packed = Windows.pack(sequences, self.codec.slots(sequences), [(0, 0, 0, 0)] * len(sequences))
+        mus = []
+        for i in range(0, len(packed), BATCH):
+            batch = packed.batch(range(i, min(i + BATCH, len(packed)))).to(self.device)
+            mus.append(self.model.encode(*batch).mu.float().cpu())
+        rows = max(mu.shape[1] for mu in mus)
+        return torch.cat([torch.nn.functional.pad(mu, (0, 0, 0, rows - mu.shape[1])) for mu in mus])
+
+    # -- music out ----------------------------------------------------------------------------------------------------
+
+    def decode(self, z: Tensor, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> list[Score]:
+        """Latents (N, S, C) -> N scores of `n_bars` bars, four voices kept apart; temperature 0 is greedy."""
+        z = z.to(self.device)
+        is_live = self.model.bottleneck.live_rows(z) if self.model.bottleneck else None
+        parts = [slice(i, i + BATCH) for i in range(0, len(z), BATCH)]
+        return [self.codec.decode(ids) for part in parts for ids in
+                decode(self.model, self.codec.table, z[part], is_live if is_live is None else is_live[part],
+                       temperature=temperature, top_p=top_p, seed=seed + part.start)]
+
+    def reconstruct(self, music: str | Path | Score, temperature: float = 0.0) -> Score:
+        """A whole piece through the latent, window by window, with the original's metre and tempo."""
+        score, bars, windows = self.windows(music)
+        out = join(self.decode(self.encode_windows(windows), temperature), bars, self.n_bars, bar_starts(score))
+        out.time_signatures.extend(score.time_signatures)
+        out.tempos.extend(score.tempos)
+        return out
+
+    def interpolate(self, a, b, steps: int = 7, temperature: float = 0.0) -> list[Score]:
+        """Scores along the slerp between the posterior means of the first windows of a and b (paths, scores or
+        latents (S, C)); the ends are their reconstructions."""
+        za, zb = (x if isinstance(x, Tensor) else self.encode_windows(self.windows(x)[2][:1])[0] for x in (a, b))
+        if za.shape != zb.shape:
+            raise ValueError(f"a and b need latents of one shape to be mixed, got {tuple(za.shape)} and "
+                             f"{tuple(zb.shape)}: the {self.config.model.bottleneck} bottleneck follows the tokens")
+        return self.decode(torch.stack([slerp(za, zb, i / (steps - 1)) for i in range(steps)]), temperature)
+
+    def sample(self, n: int, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0) -> list[Score]:
+        """n windows from the prior, z ~ N(0, 1)."""
+        return self.decode(prior_latents(self.model, n, self.typical_tokens(), seed), temperature, top_p, seed)
+
+    def generate(self, bars: int = 64, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0) -> Score:
+        """A piece of `bars` bars: samples of the prior laid end to end."""
+        n = -(-bars // self.n_bars)
+        score = chain(self.sample(n, seed, temperature, top_p), self.n_bars)
+        return score.clip(0, bar_starts(score)[min(bars, len(bar_starts(score)) - 1)], clip_end=False)
+
+    def typical_tokens(self) -> int:
+        """Tokens of a window of average length, where the latent's size follows the tokens."""
+        return self.config.model.max_tokens // 4
+
+    # -- measuring ----------------------------------------------------------------------------------------------------
+
+    def pieces(self, split: str, source: str = "") -> list[Piece]:
+        """The pieces of a split of the run's own source, or of another one."""
+        data = self.config.data
+        pieces = load_corpus(source or data.source, data.data_dir, archive="" if source else data.archive,
+                             limit=data.limit)
+        return [p for p in pieces if p.split == split]
+
+    def diagnose(self, pieces: str | list[Piece] = "test", floor: float | None = None) -> dict:
+        """The keys of diagnosis.json over a split of the run's source, or over pieces; see `mtxlib.diagnose`."""
+        pieces = self.pieces(pieces) if isinstance(pieces, str) else pieces
+        return diagnose(self.model, self.codec, tokenize(self.codec, pieces), self.config, floor=floor)

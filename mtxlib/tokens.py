@@ -1,0 +1,329 @@
+"""MidiTok at work: scores -> windows of whole bars -> ids, and back; fills the token store.
+
+A window holds the notes that *start* in its bars, with their full lengths, so that windows laid end to end are the
+piece again, without loss. Tokenization happens once a window, in the base vocabulary; the other eleven keys are the
+same ids with the pitches moved. BPE comes last, and its merges never cross a beat: a token never belongs to two
+latent rows.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import miditok
+import numpy as np
+import symusic
+from miditok import MusicTokenizer, TokenizerConfig, TokSequence
+from symusic import Score
+from tqdm.auto import tqdm
+
+from .config import Config
+from .corpus import Piece
+from .data import BOS, EOS, N_SPECIAL, SPLITS, SlotTable, TokenStore, Windows, pad_sequences, write_store
+
+PITCHES = (21, 109)  # the piano's range; the upper end is excluded
+LONGEST_NOTE = 16  # quarters
+TIME_SIGNATURES = {4: [1, 2, 3, 4, 5, 6, 7], 8: [3, 5, 6, 7, 9, 12]}  # denominator: numerators
+KEYS = range(-5, 7)  # semitones of transposition: each of the twelve keys once
+VERSION = 1  # of what a store holds; raise it when that changes
+SPACE = "\u2581"  # stands before every beat in the BPE model of MidiTok
+
+
+def make_tokenizer(name: str = "REMI", programs: Iterable[int] = (52, 53, 54, 42)) -> MusicTokenizer:
+    """A MidiTok tokenizer on the grid of sixteenths, without velocities, one stream for all voices.
+
+    name: REMI, TSD or MMM (voices one after the other). programs: MIDI programs to tell apart, -1 for drums.
+    """
+    extra = {"base_tokenizer": "REMI"} if name == "MMM" else {}
+    return getattr(miditok, name)(TokenizerConfig(
+        pitch_range=PITCHES, beat_res={(0, LONGEST_NOTE): 4}, use_velocities=False, use_programs=True,
+        one_token_stream_for_programs=True, programs=sorted(programs), use_time_signatures=True,
+        time_signature_range=TIME_SIGNATURES, special_tokens=["PAD", "BOS", "EOS", "MASK"], encode_ids_split="beat",
+        **extra))
+
+
+def load_tokenizer(path: str | Path) -> MusicTokenizer:
+    """The tokenizer that `tokenizer.save` wrote; its class is named in the file. Raises ValueError if it is not one."""
+    try:
+        name = json.loads(Path(path).read_text())["tokenization"]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: expected a tokenizer saved by MidiTok, got something else ({e})") from e
+    return getattr(miditok, name)(params=path)
+
+
+# -- windows ------------------------------------------------------------------------------------------------------
+
+def bar_starts(score: Score) -> list[int]:
+    """Ticks of all bar lines, the last one at or after the end of the music; 4/4 where no metre is given."""
+    changes = [(t.time, t.numerator * 4 * score.tpq // t.denominator) for t in score.time_signatures]
+    if not changes or changes[0][0] > 0:
+        changes.insert(0, (0, 4 * score.tpq))
+    end, starts = score.end(), [0]
+    while starts[-1] < end:
+        length = [ticks for time, ticks in changes if time <= starts[-1]][-1]
+        starts.append(starts[-1] + length)
+    return starts
+
+
+def window_bars(n_total: int, n_bars: int, hop: int) -> list[int]:
+    """First bars of the windows of a piece: every `hop` bars, and one that ends with the piece. All are full where
+    the piece is long enough."""
+    if n_total <= n_bars:
+        return [0]
+    starts = list(range(0, n_total - n_bars + 1, hop))
+    return starts if starts[-1] == n_total - n_bars else [*starts, n_total - n_bars]
+
+
+def cut(score: Score, starts: list[int], bar: int, n_bars: int) -> Score:
+    """The window of `n_bars` bars from `bar` on: notes that start there, times counted from its first bar line."""
+    begin, end = starts[bar], starts[min(bar + n_bars, len(starts) - 1)]
+    window = Score(score.tpq)
+    for track in score.tracks:
+        part = track.clip(begin, end, clip_end=False).shift_time(-begin)
+        if len(part.notes):
+            window.tracks.append(part)
+    before = [t for t in score.time_signatures if t.time <= begin] or [symusic.TimeSignature(0, 4, 4)]
+    window.time_signatures.append(symusic.TimeSignature(0, before[-1].numerator, before[-1].denominator))
+    for t in score.time_signatures:
+        if begin < t.time < end:
+            window.time_signatures.append(symusic.TimeSignature(t.time - begin, t.numerator, t.denominator))
+    return window
+
+
+def join(windows: list[Score], bars: list[int], n_bars: int, starts: list[int]) -> Score:
+    """Lay windows at their first bars; where two overlap, the earlier one is kept. `starts`: ticks of the bar lines."""
+    out, tracks, given = Score(windows[0].tpq), {}, 0
+    for window, bar in zip(windows, bars, strict=True):
+        begin, end = starts[max(bar, given)], starts[min(bar + n_bars, len(starts) - 1)]
+        given = bar + n_bars
+        for part in window.tracks:
+            empty = symusic.Track(part.name, part.program, part.is_drum)
+            track = tracks.setdefault((part.program, part.is_drum), empty)
+            track.notes.extend(n for n in part.shift_time(starts[bar]).notes if begin <= n.start < end)
+    out.tracks.extend(tracks.values())
+    return out
+
+
+def chain(windows: list[Score], n_bars: int) -> Score:
+    """Windows end to end, `n_bars` bars each in their own metre; a short one is filled up with empty bars."""
+    starts, metres = [0], []
+    for window in windows:
+        lines = bar_starts(window)[:n_bars + 1]
+        last = lines[-1] - lines[-2] if len(lines) > 1 else 4 * window.tpq
+        lines += [lines[-1] + last * (i + 1) for i in range(n_bars + 1 - len(lines))]
+        metres += [symusic.TimeSignature(t.time + starts[-1], t.numerator, t.denominator)
+                   for t in window.time_signatures if t.time < lines[-1]]
+        starts += [starts[-1] + line for line in lines[1:]]
+    score = join(windows, list(range(0, n_bars * len(windows), n_bars)), n_bars, starts)
+    score.time_signatures.extend(metres)
+    return score
+
+
+# -- ids ----------------------------------------------------------------------------------------------------------
+
+def base_ids(tokenizer: MusicTokenizer, score: Score) -> np.ndarray:
+    """Ids in the base vocabulary, without BPE and without BOS and EOS."""
+    sequence = tokenizer.encode(score, encode_ids=False)
+    return np.array(sequence.ids if isinstance(sequence, TokSequence) else sequence[0].ids, dtype=np.int64)
+
+
+class Codec:
+    """A tokenizer with what this project adds: BPE of many sequences at once, expansion of ids, slots.
+
+    `names` are the base tokens, `expansion[i]` the base ids that id i stands for.
+    """
+
+    def __init__(self, tokenizer: MusicTokenizer, n_bars: int):
+        self.tokenizer, self.n_bars = tokenizer, n_bars
+        self.names = [name for name, _ in sorted(tokenizer.vocab.items(), key=lambda item: item[1])]
+        self.kinds = np.array([name.split("_")[0] for name in self.names])
+        self.bytes = np.array([tokenizer._vocab_base_id_to_byte[i] for i in range(len(self.names))])
+        self.beats = np.array([beat_of(name) for name in self.names])
+        self.expansion = self._expansion()
+        self.vocab_size = len(self.expansion)
+        self.table = SlotTable([slot_row([self.names[i] for i in ids]) for ids in self.expansion], n_bars)
+        timing = np.isin(self.kinds, TIMING)
+        self.is_structure = np.array([bool(ids) and all(timing[i] for i in ids) for ids in self.expansion])
+
+    def _expansion(self) -> list[list[int]]:
+        if not self.tokenizer.is_trained:
+            return [[i] for i in range(len(self.names))]
+        base = {byte: i for i, byte in enumerate(self.bytes)}
+        learned = sorted(self.tokenizer.vocab_model.items(), key=lambda item: item[1])
+        return [[base[char] for char in text if char != SPACE] for text, _ in learned]
+
+    def cuts(self, ids: np.ndarray) -> np.ndarray:
+        """Where a new beat, bar, voice or time shift begins in base ids: BPE merges stay between two cuts."""
+        beats = self.beats[ids]
+        marks = np.flatnonzero(beats >= 0)
+        is_new = (np.diff(beats[marks], prepend=-1) != 0) | (self.kinds[ids[marks]] != "Position")
+        return np.unique(np.concatenate([[0], marks[is_new], [len(ids)]]))
+
+    def words(self, ids: np.ndarray, cuts: np.ndarray) -> list[str]:
+        """Base ids as the text BPE works on, a word a beat."""
+        text = "".join(self.bytes[ids])
+        return [text[a:b] for a, b in pairwise(cuts)]
+
+    def learn_bpe(self, sequences: list[np.ndarray], vocab_size: int) -> "Codec":
+        """A codec whose tokenizer has merged frequent neighbours until it has `vocab_size` ids."""
+        if vocab_size <= self.vocab_size:
+            raise ValueError(f"parameter 'bpe_vocab': expected more than the base vocabulary's {self.vocab_size}, "
+                             f"got {vocab_size}")
+        self.tokenizer.train(vocab_size=vocab_size, iterator=[self.words(ids, self.cuts(ids)) for ids in sequences])
+        return Codec(self.tokenizer, self.n_bars)
+
+    def compress(self, words: list[list[str]]) -> list[np.ndarray]:
+        """Words of each sequence -> ids with BOS and EOS. Each different word is coded once."""
+        unique = sorted({w for ws in words for w in ws})
+        codes = self.tokenizer._model.encode_batch([[w] for w in unique], is_pretokenized=True)
+        code = {w: c.ids for w, c in zip(unique, codes, strict=True)}
+        return [np.array([BOS, *(i for w in ws for i in code[w]), EOS]) for ws in words]
+
+    def finish(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
+        """Base ids -> ids, `BOS … EOS`, BPE applied if it has been learned."""
+        if self.tokenizer.is_trained:
+            return self.compress([self.words(ids, self.cuts(ids)) for ids in sequences])
+        return [np.concatenate([[BOS], ids, [EOS]]) for ids in sequences]
+
+    def encode(self, windows: list[Score]) -> list[np.ndarray]:
+        """Windows -> ids, `BOS … EOS`."""
+        return self.finish([base_ids(self.tokenizer, window) for window in windows])
+
+    def expand(self, ids: Iterable[int]) -> list[int]:
+        """Ids -> base ids up to EOS, without specials."""
+        ids = list(ids)
+        ids = ids[:ids.index(EOS)] if EOS in ids else ids
+        return [base for i in ids if i >= N_SPECIAL for base in self.expansion[i]]
+
+    def decode(self, ids: Iterable[int]) -> Score:
+        """Ids -> the window they stand for, 480 ticks a quarter. MidiTok skips tokens that make no note."""
+        base = self.expand(ids)
+        return self.tokenizer.decode(TokSequence(ids=base, tokens=[self.names[i] for i in base])).resample(480)
+
+    def slots(self, sequences: list[np.ndarray], chunk: int = 4096) -> list[np.ndarray]:
+        """Slots of many sequences, those of like length together."""
+        order, out = np.argsort([len(s) for s in sequences], kind="stable"), [np.empty(0)] * len(sequences)
+        for part in (order[i:i + chunk] for i in range(0, len(order), chunk)):
+            slots = self.table.slots(pad_sequences([sequences[i] for i in part])).numpy()
+            for i, row in zip(part, slots, strict=True):
+                out[i] = row[:len(sequences[i])]
+        return out
+
+
+TIMING = ("Bar", "Position", "TimeSig", "TimeShift", "Track")
+
+
+def beat_of(name: str) -> int:
+    """The beat in the bar a base token moves to; 0 where it opens something; -1 where it moves nothing."""
+    kind, _, value = name.partition("_")
+    return int(value) // 4 if kind == "Position" else 0 if kind in ("Bar", "TimeShift", "Track") else -1
+
+
+def slot_row(names: list[str]) -> list[int]:
+    """What base tokens, one after the other, do to the clock: the row of `SlotTable`."""
+    resets, bars, position, unit, shift = 0, 0, -1, 0, 0
+    for kind, _, value in (name.partition("_") for name in names):
+        if kind == "Track" and value == "Start":
+            resets, bars, position, shift = 1, 0, 0, 0
+        elif kind == "Bar":
+            bars, position, shift = bars + 1, 0, 0
+        elif kind == "Position":
+            position = int(value)
+        elif kind == "TimeSig":
+            unit = 8 // int(value.split("/")[1])
+        elif kind == "TimeShift":
+            beats, positions, per_beat = map(int, value.split("."))
+            shift += beats * 4 + positions * 4 // per_beat
+    return [resets, bars, position, unit, shift]
+
+
+# -- the store ----------------------------------------------------------------------------------------------------
+
+class Cut(NamedTuple):
+    """A window on its way into the store."""
+
+    piece: int
+    bar: int
+    split: str
+    ids: np.ndarray  # base ids
+
+
+def cut_pieces(tokenizer: MusicTokenizer, pieces: list[Piece], n_bars: int, hop: int) -> Iterator[Cut]:
+    """All windows: every `hop` bars of a training piece, end to end of the others."""
+    for number, piece in enumerate(tqdm(pieces, desc="tokenizing", unit="piece")):
+        score = Score(piece.path)
+        starts = bar_starts(score)
+        for bar in window_bars(len(starts) - 1, n_bars, hop if piece.split == "train" else n_bars):
+            window = cut(score, starts, bar, n_bars)
+            if window.note_num():
+                yield Cut(number, bar, piece.split, base_ids(tokenizer, window))
+
+
+def in_all_keys(codec: Codec, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(semitones, base ids) in each key that stays within the range of pitches; drums are not moved."""
+    is_pitch = codec.kinds[ids] == "Pitch"
+    pitches = ids[is_pitch] - codec.names.index(f"Pitch_{PITCHES[0]}")
+    for shift in KEYS:
+        if len(pitches) == 0 or (pitches.min() + shift >= 0 and pitches.max() + shift < PITCHES[1] - PITCHES[0]):
+            yield shift, ids + shift * is_pitch
+
+
+def store_folder(config: Config, pieces: list[Piece]) -> Path:
+    """Where the store of these pieces under this configuration lies; any change of either gives another folder."""
+    data = config.data
+    what = [VERSION, version("miditok"), data.tokenizer, data.bpe_vocab, data.n_bars, data.hop, data.transpose,
+            config.model.max_tokens, [(p.name, p.source, p.split, p.bars) for p in pieces]]
+    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
+    return Path(data.data_dir) / "stores" / f"{data.source}-{data.tokenizer}{data.bpe_vocab or ''}-{digest}"
+
+
+def build_store(config: Config, pieces: list[Piece]) -> TokenStore:
+    """Tokenize the pieces into a store, or open it if it is there. BPE learns from the training split only.
+
+    Raises ValueError when a split that training needs has no window.
+    """
+    folder = store_folder(config, pieces)
+    if (folder / "meta.json").exists():
+        return TokenStore(folder)
+    data = config.data
+    codec = Codec(make_tokenizer(data.tokenizer, programs_of(pieces)), data.n_bars)
+    cuts = list(cut_pieces(codec.tokenizer, pieces, data.n_bars, data.hop))
+    for split in ("train", "valid"):
+        if not any(c.split == split for c in cuts):
+            raise ValueError(f"no window in the {split} split of {data.source!r}: expected at least 3 pieces with "
+                             f"different tunes, got {len(pieces)}")
+    keyed = [(c, shift, ids) for c in cuts for shift, ids in
+             (in_all_keys(codec, c.ids) if data.transpose and c.split == "train" else [(0, c.ids)])]
+    if data.bpe_vocab:
+        codec = codec.learn_bpe([ids for c, _, ids in keyed if c.split == "train" and c.bar % data.n_bars == 0],
+                                data.bpe_vocab)
+    sequences = codec.finish([ids for _, _, ids in keyed])
+    fits = [len(s) <= config.model.max_tokens for s in sequences]
+    if not all(fits):
+        print(f"{len(fits) - sum(fits)} of {len(fits)} windows left out: longer than max_tokens = "
+              f"{config.model.max_tokens}")
+    sequences = [s for s, fit in zip(sequences, fits, strict=True) if fit]
+    windows = [(c.piece, c.bar, shift, SPLITS.index(c.split))
+               for (c, shift, _), fit in zip(keyed, fits, strict=True) if fit]
+    meta = {"vocab_size": codec.vocab_size, "n_bars": data.n_bars, "slot_table": codec.table.rows.tolist(),
+            "is_structure": codec.is_structure.tolist(),
+            "pieces": [{"name": p.name, "source": p.source, "key": p.key} for p in pieces]}
+    packed = Windows.pack(sequences, codec.slots(sequences), windows)
+    return write_store(folder, packed, meta, save=codec.tokenizer.save)
+
+
+def tokenize(codec: Codec, pieces: list[Piece]) -> Windows:
+    """The windows of pieces end to end, in memory, with a tokenizer that is already there; for measuring."""
+    cuts = list(cut_pieces(codec.tokenizer, pieces, codec.n_bars, codec.n_bars))
+    sequences = codec.finish([c.ids for c in cuts])
+    return Windows.pack(sequences, codec.slots(sequences), [(c.piece, c.bar, 0, SPLITS.index(c.split)) for c in cuts])
+
+
+def programs_of(pieces: list[Piece]) -> set[int]:
+    """Programs of the training pieces, -1 for drums: the voices the tokenizer can tell apart."""
+    return {-1 if track.is_drum else track.program
+            for piece in pieces if piece.split == "train" for track in Score(piece.path).tracks}

@@ -1,0 +1,336 @@
+"""The training loop: `train(config, run_dir)`, or `python -m mtxlib.train outputs/<run>/config.json`.
+
+It needs a token store and nothing else: no MidiTok, music21, wandb or Jupyter. A run folder gets metrics.jsonl (the
+truth), model.safetensors (the best weights by the validation objective at the final beta or rate, so that the ramp
+does not decide) and state.pt (everything to go on from). The order of batches is a function of (seed, epoch) and the
+random state is saved, so a resumed run on the CPU repeats the losses of an uninterrupted one bit for bit.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_model
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from .config import Config, TrainConfig
+from .data import PAD, Batch, TokenDropout, TokenStore, epoch_batches
+from .losses import Terms, beta_at, kl_per_dim, lr_at, objective, rate_at, reconstruction
+from .measure import Measured, measure
+from .model import MusicVAE
+
+LOG_EVERY = 10  # steps a line of metrics.jsonl is the mean of
+
+
+def train(config: Config, run_dir: str | Path, device: str = "") -> Path:
+    """Train, or go on from run_dir/state.pt; returns the path of the best weights.
+
+    Raises FileNotFoundError without a token store, FloatingPointError when the loss is no longer a number, ValueError
+    when run_dir holds another configuration's checkpoint.
+    """
+    return Trainer(config, Path(run_dir), device).run()
+
+
+class Trainer:
+    def __init__(self, config: Config, run_dir: Path, device: str = ""):
+        self.config, self.run_dir, self.c = config, run_dir, config.train
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if self.c.threads:
+            torch.set_num_threads(self.c.threads)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.store = TokenStore(config.data.store)
+        self.autocast = autocast_for(self.c.precision, self.device)
+        torch.manual_seed(self.c.seed)
+        self.model = MusicVAE(config.model, self.store.vocab_size, self.store.n_bars).to(self.device)
+        self.average = (AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.c.ema), use_buffers=True)
+                        if self.c.ema else None)
+        self.forward = torch.compile(self.model, dynamic=True) if self.c.compile else self.model
+        self.optimizer = make_optimizer(self.model, self.c)
+        drop = partial(TokenDropout, vocab_size=self.store.vocab_size, kind=self.c.dropout_kind,
+                       spare=self.store.is_structure.to(self.device) if self.c.spare_structure else None)
+        self.drop_enc, self.drop_dec = drop(self.c.enc_token_dropout), drop(self.c.dec_token_dropout)
+        self.train_indices = self.store.select("train")
+        valid = self.store.select("valid")
+        rng = np.random.default_rng(self.c.seed)
+        self.valid_indices = np.sort(rng.permutation(valid)[:self.c.eval_windows])
+        # The optimiser sees nats per token of an average window: gradient clipping then means the same everywhere.
+        self.loss_scale = 1.0 / float(self.store.lengths[self.train_indices].mean())
+        self.step, self.best, self.bad, self.seconds = 0, math.inf, 0, 0.0
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches from `self.step` on, without end."""
+        per_epoch = max(1, len(self.train_indices) // self.c.batch_size)
+        epoch, start = divmod(self.step, per_epoch)
+        while True:
+            order = epoch_batches(self.store.lengths, self.train_indices, self.c.batch_size, self.c.seed, epoch)
+            for indices in order[start:]:
+                self.current = indices
+                yield self.store.batch(indices)
+            epoch, start = epoch + 1, 0
+
+    def terms(self, batch: Batch) -> Terms:
+        """The objective of a (micro-)batch at this step."""
+        with self.autocast():
+            out = self.forward(batch.ids, batch.slots, self.drop_enc(batch.ids), self.drop_dec(batch.ids))
+        return self.objective(out, batch, self.step)
+
+    def objective(self, out, batch: Batch, step: int) -> Terms:
+        targets, c = batch.ids[:, 1:], self.c
+        is_pad = targets == PAD
+        kl = kl_per_dim(*out.posterior) if self.config.model.variational else torch.zeros_like(out.posterior.mu)
+        return objective(reconstruction(out.logits, targets, is_pad), kl,
+                         beta_at(step, c.beta_schedule, c.beta_max, c.beta_warmup), free_bits=c.free_bits,
+                         target_rate=rate_at(step, c.target_rate, c.target_start, c.beta_warmup),
+                         recon_scale=c.recon_scale, n_tokens=(~is_pad).sum(1))
+
+    def update(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """One optimiser step over a batch in `accumulate` parts; returns the means over the parts."""
+        scale = 1.0 if self.c.recon_scale == "token" else self.loss_scale
+        sums = torch.zeros(4, device=self.device)
+        for ids, slots in zip(batch.ids.chunk(self.c.accumulate), batch.slots.chunk(self.c.accumulate), strict=True):
+            terms = self.terms(Batch(ids, slots).to(self.device))
+            (terms.loss * scale / self.c.accumulate).backward()
+            sums += torch.stack([x.detach().float() for x in terms]) / self.c.accumulate
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.c.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.c.lr * lr_at(self.step, self.c.steps, self.c.lr_warmup)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update_parameters(self.model)
+        names = ("loss", "recon", "kl", "kl_loss")
+        return {**dict(zip(names, sums, strict=True)), "grad_norm": norm}
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        self.resume()
+        log, wandb_run = self.run_dir / "metrics.jsonl", start_wandb(self.config, self.run_dir)
+        bar = tqdm(total=self.c.steps, initial=self.step, desc="training", unit="step", mininterval=1.0)
+        sums, n_tokens, began = {}, 0, time.perf_counter()
+        batches = self.batches()
+        with interrupted() as stop:
+            while self.step < self.c.steps and not stop.is_set and not self.is_stuck():
+                batch = next(batches)
+                values = self.update(batch)
+                self.step += 1
+                n_tokens += int((batch.ids[:, 1:] != PAD).sum())
+                sums = {k: sums.get(k, 0) + v for k, v in values.items()}
+                is_eval = self.step % self.c.eval_every == 0 or self.step == self.c.steps
+                if self.step % LOG_EVERY and not is_eval:
+                    bar.update()
+                    continue
+                line = self.line(sums, n_tokens, time.perf_counter() - began)
+                self.check_finite(line)
+                write_lines(log, wandb_run, [line])
+                sums, n_tokens, began = {}, 0, time.perf_counter()
+                bar.set_postfix(recon=f"{line['recon']:.1f}", rate=f"{line['kl']:.1f}", beta=f"{line['beta']:.2f}")
+                bar.update()
+                if is_eval:
+                    write_lines(log, wandb_run, [self.validate()])
+                    began = time.perf_counter()
+        bar.close()
+        if stop.is_set:
+            self.save_state()
+            print(f"stopped at step {self.step} of {self.c.steps}; run the same command again to go on")
+            raise KeyboardInterrupt
+        if wandb_run:
+            wandb_run.finish()
+        return self.run_dir / "model.safetensors"
+
+    def line(self, sums: dict, n_tokens: int, seconds: float) -> dict:
+        n = self.step % LOG_EVERY or LOG_EVERY
+        self.seconds += seconds
+        c, last = self.c, self.step - 1
+        return {"step": self.step, "split": "train", **{k: float(v) / n for k, v in sums.items()},
+                "beta": beta_at(last, c.beta_schedule, c.beta_max, c.beta_warmup),
+                "target_rate": rate_at(last, c.target_rate, c.target_start, c.beta_warmup),
+                "lr": c.lr * lr_at(last, c.steps, c.lr_warmup), "tokens_per_s": n_tokens / seconds,
+                "seconds": self.seconds}
+
+    def check_finite(self, line: dict) -> None:
+        if not math.isfinite(line["loss"] + line["grad_norm"]):
+            pieces = sorted({self.store.pieces[p]["name"] for p in self.store.windows["piece"][self.current]})
+            good = self.run_dir / "state.pt"
+            raise FloatingPointError(
+                f"the loss is not a number at step {self.step} (loss {line['loss']}, gradient norm "
+                f"{line['grad_norm']}); the last batch held {', '.join(pieces[:8])}; the last good checkpoint is "
+                f"{good if good.exists() else 'none'}: lower lr or grad_clip, or set precision to fp32")
+
+    def validate(self) -> dict:
+        """Measure the validation windows, keep the weights if they are the best so far, save the state."""
+        model = self.average.module if self.average else self.model
+        m = measure(model, self.store, self.valid_indices, autocast=self.autocast, seed=self.c.seed)
+        score = self.final_objective(m)
+        self.bad = 0 if score < self.best else self.bad + 1
+        if score < self.best:
+            self.best = score
+            save_weights(model, self.run_dir / "model.safetensors", self.config)
+        self.save_state()
+        return {"step": self.step, "split": "valid", **m.summary(), "objective": score, "seconds": self.seconds}
+
+    def final_objective(self, m: Measured) -> float:
+        """The training objective on validation windows, at the beta and rate of the end of the schedule."""
+        c = self.c
+        kl = m.kl if self.config.model.variational else torch.zeros_like(m.kl)
+        return float(objective(m.recon, kl, c.beta_max, free_bits=c.free_bits, target_rate=c.target_rate,
+                               recon_scale=c.recon_scale, n_tokens=m.n_tokens).loss)
+
+    def is_stuck(self) -> bool:
+        return bool(self.c.patience) and self.bad >= self.c.patience
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save_state(self) -> None:
+        state = {"step": self.step, "best": self.best, "bad": self.bad, "seconds": self.seconds,
+                 "config": json.dumps(self.config.to_dict()), "model": self.model.state_dict(),
+                 "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(),
+                 "average": self.average.state_dict() if self.average else None,
+                 "rng_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None}
+        atomic(self.run_dir / "state.pt", lambda path: torch.save(state, path))
+
+    def resume(self) -> None:
+        path = self.run_dir / "state.pt"
+        if not path.exists():
+            (self.run_dir / "metrics.jsonl").unlink(missing_ok=True)
+            atomic(self.run_dir / "config.json",
+                   lambda p: p.write_text(json.dumps(self.config.to_dict(), indent=1) + "\n"))
+            return
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        ours, theirs = (Config.from_dict(json.loads(c)).flat() for c in (json.dumps(self.config.to_dict()),
+                                                                         state["config"]))
+        different = [k for k in ours if ours[k] != theirs[k] and k not in ("steps", "threads", "wandb", "data_dir")]
+        if different:
+            k = different[0]
+            raise ValueError(f"{path} was trained with {k} = {theirs[k]!r}, now it is {ours[k]!r}: "
+                             "choose another run folder, or delete this one to start again")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        torch.set_rng_state(state["rng"].cpu())
+        if state["rng_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_cuda"].cpu())
+        self.step, self.best, self.bad, self.seconds = (state[k] for k in ("step", "best", "bad", "seconds"))
+        forget_after(self.run_dir / "metrics.jsonl", self.step)
+        print(f"going on from step {self.step} of {self.c.steps} in {path}")
+
+
+def make_optimizer(model: nn.Module, c: TrainConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: biases, norms and single vectors stay free."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.98), fused=True)
+
+
+def autocast_for(precision: str, device: torch.device) -> Callable:
+    """A context: bf16 autocast where asked for, or where `auto` finds hardware for it."""
+    if precision == "auto":
+        has_bf16 = (torch.cuda.is_bf16_supported() if device.type == "cuda"
+                    else torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        precision = "bf16" if has_bf16 else "fp32"
+    return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
+
+
+def save_weights(model: MusicVAE, path: Path, config: Config) -> None:
+    """Weights as safetensors; the metadata says whose they are."""
+    metadata = {"format": "mtxlib", "config": json.dumps(config.to_dict()), "vocab_size": str(model.vocab_size),
+                "n_bars": str(model.n_bars)}
+    atomic(path, lambda p: save_model(model, str(p), metadata=metadata))
+
+
+def atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside `path`, then rename. On failure the old file stays and the error says so."""
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(fd)
+    try:
+        write(Path(name))
+        os.replace(name, path)
+    except OSError as e:
+        raise OSError(e.errno, f"could not write {path} ({e.strerror}); what was there before is unharmed: free some "
+                               "space and run the same command again") from e
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write_lines(path: Path, wandb_run, lines: list[dict]) -> None:
+    with path.open("a") as f:
+        f.writelines(json.dumps(line) + "\n" for line in lines)
+    for line in lines if wandb_run else []:
+        wandb_run.log({f"{line['split']}/{k}": v for k, v in line.items() if k not in ("step", "split")},
+                      step=line["step"])
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl that a killed run wrote after its last checkpoint."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    atomic(path, lambda p: p.write_text("".join(f"{line}\n" for line in kept)))
+
+
+def start_wandb(config: Config, run_dir: Path):
+    """A W&B run with the names of metrics.jsonl, or None. Offline it needs no account."""
+    if config.train.wandb == "off":
+        return None
+    try:
+        import wandb
+    except ImportError:
+        if config.train.wandb == "online":
+            raise
+        return None
+    return wandb.init(project="mtx", name=run_dir.name, dir=str(run_dir), mode=config.train.wandb,
+                      config=config.flat(), settings=wandb.Settings(silent=True, console="off"))
+
+
+@contextmanager
+def interrupted():
+    """Within it, Ctrl-C and SIGTERM only set a flag, so that a step is finished and the state saved."""
+    class Flag:
+        is_set = False
+
+    def handler(number, frame):
+        Flag.is_set = True
+    try:
+        before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        before = {}
+    try:
+        yield Flag
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m mtxlib.train", description="Train a run from its config.json.")
+    parser.add_argument("config", type=Path, help="outputs/<run>/config.json; the run folder is where it lies")
+    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1 …; the GPU if there is one")
+    args = parser.parse_args()
+    try:
+        print(train(Config.load(args.config), args.config.parent, args.device))
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, FileNotFoundError, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
