@@ -5,7 +5,8 @@ only. They are started as `python -c`, not by multiprocessing, so scripts need n
 
 Normal form: 480 ticks a quarter, notes on the 16th grid, one tempo and velocity, metres of `METRES` that change on bar
 lines only, no controls. Four tracks without drums become soprano to bass (`VOICES`); other music keeps its programs,
-made distinct because MidiTok merges tracks of equal program. Repeats are not expanded, grace notes are left out.
+made distinct because MidiTok merges tracks of equal program. Repeats are not expanded; grace notes and, in
+MusicXML, unpitched percussion are left out.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from symusic import Note, Score, Tempo, TimeSignature, Track
@@ -303,7 +304,7 @@ def read_xml(path: str, parts: int = 0) -> Score:
 
     if zipfile.is_zipfile(io.BytesIO(read_bytes(path))):
         within("too big", sum(member.file_size for member in zipfile.ZipFile(path).infolist()), 10 * MAX_BYTES)
-    music = converter.parse(path, format="musicxml", forceSource=True)  # forceSource: leave no pickle in a temp folder
+    music = converter.parse(Path(path), format="musicxml", forceSource=True)  # forceSource: leave no pickle behind
     if parts and len(music.parts) != parts:
         raise Unusable(f"not {parts} parts: {len(music.parts)}")
     music.toSoundingPitch(inPlace=True)
@@ -365,7 +366,7 @@ def reason(e: Exception) -> str:
 # ---- sources: what each has to read, as (name, kind of reader or why it is left out, input of the reader, own split)
 
 
-def bach_tasks(archive: str) -> list[tuple]:
+def bach_tasks(_: str) -> list[tuple]:
     folder = Path(importlib.util.find_spec("music21").origin).parent / "corpus" / "bach"
     kinds = {".mxl": "chorale", ".xml": "chorale", ".krn": "other rights: encodings in .krn"}
     return [(f.stem, kinds[f.suffix], str(f), "") for f in sorted(folder.iterdir()) if f.suffix in kinds]
@@ -377,10 +378,10 @@ def jsfakes_tasks(archive: str) -> list[tuple]:
     else:
         try:
             with zipfile.ZipFile(io.BytesIO(fetch("jsfakes", JSFAKES_URL, archive))) as z:
-                files = {PurePosixPath(n): z.read(n) for n in z.namelist() if n.endswith(".mid")}
+                files = {Path(n): z.read(n) for n in z.namelist() if n.endswith(".mid")}
         except zipfile.BadZipFile as e:
             raise ValueError(f"{archive or JSFAKES_URL}: expected a zip of js-fakes: {e}") from e
-    files = {f.stem: files[f] for f in sorted(files) if f.parent.name in ("midi", "")}
+    files = {f.stem: data for f, data in files.items() if f.parent.name in ("midi", "")}
     digest = hashlib.sha256(b"".join(name.encode() + files[name] for name in sorted(files))).hexdigest()
     if digest != JSFAKES_SHA256:
         message = f"{archive or JSFAKES_URL} is not js-fakes as expected: {len(files)} files, SHA-256 {digest}"
@@ -430,12 +431,11 @@ def parse_archives(source: str, archive: str) -> dict[str, str]:
         raise ValueError(f"source {source!r}: expected {', '.join(TASKS)}, or different ones of them joined by +")
     users = [name for name in names if name != "bach"]
     given = dict(re.findall(f"(?:^|,)({which})=(.*?)(?=,(?:{which})=|$)", archive))
-    if archive and not given and len(users) == 1:
-        given = {users[0]: archive}
+    given = given or (dict.fromkeys(users, archive) if archive and len(users) == 1 else {})
     if set(given) - set(users) or archive and not given:
         raise ValueError(f"archive {archive!r} for source {source!r}: expected a path for {users or 'none'}; for "
                          f"several write jsfakes=a.zip,jsb=b.json")
-    for name in {*given, *{"folder"}.intersection(users)}:
+    for name in {*given, *(set(users) & {"folder"})}:
         if not given.get(name) or not Path(given[name]).exists():
             raise ValueError(f"source {name!r}: archive {given.get(name, '')!r} does not exist")
     return {name: given.get(name, "") for name in names}
@@ -494,8 +494,8 @@ def prepare(name: str, kind: str, given, split: str, output: str) -> dict:
 
 
 def read_apart(tasks: list[tuple], workers: int | None) -> Iterator[dict]:
-    """`prepare` of every task, in order, in `workers` processes (one a core by default). One that takes too long is
-    killed, one that ends is replaced; either costs only the piece it was at."""
+    """`prepare` of every task, in order, in `workers` processes (one a core by default, at most 16). One that takes
+    too long is killed, one that ends is replaced; either costs only the piece it was at."""
     here, processes = threading.local(), []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     command = [sys.executable, "-c", "from mtxlib.corpus import reader; reader()"]
@@ -520,7 +520,7 @@ def read_apart(tasks: list[tuple], workers: int | None) -> Iterator[dict]:
         finally:
             timer.cancel()
 
-    pool = ThreadPoolExecutor(workers or os.cpu_count())
+    pool = ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 16))
     try:
         yield from pool.map(one, tasks)
     finally:

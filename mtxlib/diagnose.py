@@ -35,7 +35,8 @@ def diagnose(model: MusicVAE, codec: Codec, windows: Windows, config: Config, *,
         raise ValueError("no window to diagnose: expected at least one, got 0; is the split empty?")
     m = measure(model, windows, np.arange(len(windows)), seed=seed)
     originals = [windows.ids[a:b].tolist() for a, b in zip(windows.offsets, windows.offsets[1:], strict=False)]
-    decoded = greedy(model, codec, m.mu, m.is_live)
+    max_tokens = int(1.5 * windows.lengths.max())  # a decoding that runs on beyond this has lost its way
+    decoded = greedy(model, codec, m.mu, m.is_live, max_tokens)
     recon, rate = float(m.recon.mean()), float(m.kl.sum((1, 2)).mean())
     per_dim = m.kl.mean(0).flatten()
     result = {
@@ -53,7 +54,7 @@ def diagnose(model: MusicVAE, codec: Codec, windows: Windows, config: Config, *,
         # Free-running fidelity: the only test in which the decoder cannot copy what it was given.
         **fidelity(codec, originals, decoded),
         "retrieval_at_1": retrieval(model, codec, m, originals, decoded),
-        "prior_wellformed": prior_wellformed(model, codec, n_prior, int(m.n_tokens.float().mean()), seed),
+        "prior_wellformed": prior_wellformed(model, codec, n_prior, int(windows.lengths.mean()), max_tokens, seed),
         "n_windows": len(windows),
     }
     result["verdict"] = verdict(result)
@@ -61,11 +62,13 @@ def diagnose(model: MusicVAE, codec: Codec, windows: Windows, config: Config, *,
     return result
 
 
-def greedy(model: MusicVAE, codec: Codec, z: Tensor, is_live: Tensor, batch_size: int = 128) -> list[list[int]]:
+def greedy(model: MusicVAE, codec: Codec, z: Tensor, is_live: Tensor, max_tokens: int,
+           batch_size: int = 128) -> list[list[int]]:
     """Greedy decodings of z (N, S, C), from z alone."""
     device = next(model.parameters()).device
     return [ids for i in range(0, len(z), batch_size) for ids in
-            decode(model, codec.table, z[i:i + batch_size].to(device), is_live[i:i + batch_size].to(device))]
+            decode(model, codec.table, z[i:i + batch_size].to(device), is_live[i:i + batch_size].to(device),
+                   max_tokens=max_tokens)]
 
 
 # -- free-running fidelity ------------------------------------------------------------------------------------------
@@ -140,11 +143,12 @@ def mutual_information(m: Measured, seed: int = 0) -> float:
     return float((log_q.diagonal() - (log_q.logsumexp(1) - math.log(len(mu)))).mean())
 
 
-def prior_wellformed(model: MusicVAE, codec: Codec, n: int, n_tokens: int, seed: int = 0) -> float:
+def prior_wellformed(model: MusicVAE, codec: Codec, n: int, n_tokens: int, max_tokens: int, seed: int = 0) -> float:
     """Share of samples, z ~ N(0, 1) and tokens at temperature 1, that are whole (see `is_wellformed`)."""
     z = prior_latents(model, n, n_tokens, seed)
     return float(np.mean([is_wellformed(codec, ids) for ids in
-                          decode(model, codec.table, z, temperature=PRIOR_TEMPERATURE, seed=seed)]))
+                          decode(model, codec.table, z, max_tokens=max_tokens, temperature=PRIOR_TEMPERATURE,
+                                 seed=seed)]))
 
 
 def is_wellformed(codec: Codec, ids: list[int]) -> bool:

@@ -12,8 +12,8 @@ from .model import MusicVAE
 
 
 @torch.no_grad()
-def decode(model: MusicVAE, table: SlotTable, z: Tensor, is_live: Tensor | None = None, *, temperature: float = 0.0,
-           top_p: float = 1.0, max_tokens: int = 0, seed: int = 0) -> list[list[int]]:
+def decode(model: MusicVAE, table: SlotTable, z: Tensor, is_live: Tensor | None = None, *, max_tokens: int,
+           temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> list[list[int]]:
     """Decode each z from itself alone: z (B, S, C) -> B lists of ids, from BOS to EOS (or cut at max_tokens).
 
     temperature 0 is greedy; top_p keeps the most likely tokens of so much mass (Holtzman 2020). A sequence that has
@@ -22,12 +22,11 @@ def decode(model: MusicVAE, table: SlotTable, z: Tensor, is_live: Tensor | None 
     device = z.device
     generator = torch.Generator(device).manual_seed(seed)
     is_live = torch.ones(z.shape[:2], dtype=torch.bool, device=device) if is_live is None else is_live
-    size = max_tokens or model.config.max_tokens
-    decoding = model.begin(z, is_live, size)
-    out = torch.full((len(z), size), EOS, device=device)
+    decoding = model.begin(z, is_live, max_tokens)
+    out = torch.full((len(z), max_tokens), EOS, device=device)
     out[:, 0] = BOS
     rows, clock = torch.arange(len(z), device=device), table.start(len(z))
-    for t in range(1, size):
+    for t in range(1, max_tokens):
         clock, slots = table.advance(clock, out[rows, t - 1].cpu())
         logits = model.proceed(out[rows, t - 1:t], slots.to(device)[:, None], decoding)[:, -1].float()
         logits[:, [i for i in range(N_SPECIAL) if i != EOS]] = -torch.inf

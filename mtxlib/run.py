@@ -5,7 +5,6 @@ Music goes in as paths or `symusic.Score`s and comes out as scores; latents are 
 
 from __future__ import annotations  # symusic.Score is no class: `Path | Score` cannot be evaluated
 
-import json
 from pathlib import Path
 
 import torch
@@ -19,14 +18,13 @@ from .corpus import Piece, load_corpus, normalise, read_score
 from .data import Windows
 from .diagnose import diagnose
 from .generate import decode, prior_latents, slerp
-from .measure import measure
 from .model import MusicVAE
 from .tokens import Codec, bar_starts, chain, cut, join, load_tokenizer, tokenize, window_bars
 
 BATCH = 128  # windows encoded or decoded at once
 
 
-def load_run(folder: str | Path, device: str = "") -> "Run":
+def load_run(folder: str | Path, device: str = "") -> Run:
     """Load config.json, tokenizer.json and model.safetensors of a run folder.
 
     Raises FileNotFoundError when one is missing, ValueError when the weights are not a run's.
@@ -38,11 +36,14 @@ def load_run(folder: str | Path, device: str = "") -> "Run":
                                     "(`mtx run`, or notebooks/04_training)")
     config = Config.load(folder / "config.json")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_weights(folder / "model.safetensors", config).to(device).eval()
-    return Run(folder, config, model, Codec(load_tokenizer(folder / "tokenizer.json"), config.data.n_bars))
+    model, metadata = load_weights(folder / "model.safetensors", config)
+    codec = Codec(load_tokenizer(folder / "tokenizer.json"), config.data.n_bars)
+    return Run(folder, config, model.to(device).eval(), codec, int(metadata["mean_tokens"]),
+               int(1.5 * int(metadata["most_tokens"])))
 
 
-def load_weights(path: Path, config: Config) -> MusicVAE:
+def load_weights(path: Path, config: Config) -> tuple[MusicVAE, dict[str, str]]:
+    """The model and the metadata of its file."""
     try:
         with safe_open(path, framework="pt") as f:
             metadata = f.metadata() or {}
@@ -55,12 +56,16 @@ def load_weights(path: Path, config: Config) -> MusicVAE:
         load_model(model, path)
     except RuntimeError as e:
         raise ValueError(f"{path} does not fit the config.json beside it: {e}") from e
-    return model
+    return model, metadata
 
 
 class Run:
-    def __init__(self, folder: Path, config: Config, model: MusicVAE, codec: Codec):
+    """A model with its tokenizer. `mean_tokens`: of the windows it was trained on; no decoding exceeds `max_tokens`."""
+
+    def __init__(self, folder: Path, config: Config, model: MusicVAE, codec: Codec, mean_tokens: int,
+                 max_tokens: int):
         self.folder, self.config, self.model, self.codec = folder, config, model, codec
+        self.mean_tokens, self.max_tokens = mean_tokens, max_tokens
         self.n_bars = config.data.n_bars
 
     @property
@@ -111,7 +116,7 @@ class Run:
         parts = [slice(i, i + BATCH) for i in range(0, len(z), BATCH)]
         return [self.codec.decode(ids) for part in parts for ids in
                 decode(self.model, self.codec.table, z[part], is_live if is_live is None else is_live[part],
-                       temperature=temperature, top_p=top_p, seed=seed + part.start)]
+                       max_tokens=self.max_tokens, temperature=temperature, top_p=top_p, seed=seed + part.start)]
 
     def reconstruct(self, music: str | Path | Score, temperature: float = 0.0) -> Score:
         """A whole piece through the latent, window by window, with the original's metre and tempo."""
@@ -132,17 +137,13 @@ class Run:
 
     def sample(self, n: int, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0) -> list[Score]:
         """n windows from the prior, z ~ N(0, 1)."""
-        return self.decode(prior_latents(self.model, n, self.typical_tokens(), seed), temperature, top_p, seed)
+        return self.decode(prior_latents(self.model, n, self.mean_tokens, seed), temperature, top_p, seed)
 
     def generate(self, bars: int = 64, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0) -> Score:
         """A piece of `bars` bars: samples of the prior laid end to end."""
         n = -(-bars // self.n_bars)
         score = chain(self.sample(n, seed, temperature, top_p), self.n_bars)
         return score.clip(0, bar_starts(score)[min(bars, len(bar_starts(score)) - 1)], clip_end=False)
-
-    def typical_tokens(self) -> int:
-        """Tokens of a window of average length, where the latent's size follows the tokens."""
-        return self.config.model.max_tokens // 4
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 

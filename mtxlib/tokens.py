@@ -22,12 +22,11 @@ from symusic import Score
 from tqdm.auto import tqdm
 
 from .config import Config
-from .corpus import Piece
+from .corpus import METRES, Piece
 from .data import BOS, EOS, N_SPECIAL, SPLITS, SlotTable, TokenStore, Windows, pad_sequences, write_store
 
 PITCHES = (21, 109)  # the piano's range; the upper end is excluded
 LONGEST_NOTE = 16  # quarters
-TIME_SIGNATURES = {4: [1, 2, 3, 4, 5, 6, 7], 8: [3, 5, 6, 7, 9, 12]}  # denominator: numerators
 KEYS = range(-5, 7)  # semitones of transposition: each of the twelve keys once
 VERSION = 1  # of what a store holds; raise it when that changes
 SPACE = "\u2581"  # stands before every beat in the BPE model of MidiTok
@@ -42,7 +41,7 @@ def make_tokenizer(name: str = "REMI", programs: Iterable[int] = (52, 53, 54, 42
     return getattr(miditok, name)(TokenizerConfig(
         pitch_range=PITCHES, beat_res={(0, LONGEST_NOTE): 4}, use_velocities=False, use_programs=True,
         one_token_stream_for_programs=True, programs=sorted(programs), use_time_signatures=True,
-        time_signature_range=TIME_SIGNATURES, special_tokens=["PAD", "BOS", "EOS", "MASK"], encode_ids_split="beat",
+        time_signature_range={unit: list(beats) for unit, beats in METRES.items()}, special_tokens=["PAD", "BOS", "EOS", "MASK"], encode_ids_split="beat",
         **extra))
 
 

@@ -180,7 +180,7 @@ class Trainer:
         self.bad = 0 if score < self.best else self.bad + 1
         if score < self.best:
             self.best = score
-            save_weights(model, self.run_dir / "model.safetensors", self.config)
+            save_weights(model, self.run_dir / "model.safetensors", self.config, self.store.lengths)
         self.save_state()
         return {"step": self.step, "split": "valid", **m.summary(), "objective": score, "seconds": self.seconds}
 
@@ -248,10 +248,11 @@ def autocast_for(precision: str, device: torch.device) -> Callable:
     return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
 
 
-def save_weights(model: MusicVAE, path: Path, config: Config) -> None:
-    """Weights as safetensors; the metadata says whose they are."""
+def save_weights(model: MusicVAE, path: Path, config: Config, lengths: np.ndarray) -> None:
+    """Weights as safetensors; the metadata says whose they are and how long the windows were, in tokens."""
     metadata = {"format": "mtxlib", "config": json.dumps(config.to_dict()), "vocab_size": str(model.vocab_size),
-                "n_bars": str(model.n_bars)}
+                "n_bars": str(model.n_bars), "mean_tokens": str(int(lengths.mean())),
+                "most_tokens": str(int(lengths.max()))}
     atomic(path, lambda p: save_model(model, str(p), metadata=metadata))
 
 

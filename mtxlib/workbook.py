@@ -24,13 +24,9 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
-import pandas
-import papermill
 import yaml
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
-from nbclient.exceptions import DeadKernelError
 from traitlets import Float, default
 
 from mtxlib import ROOT
@@ -118,12 +114,18 @@ def find_notebooks(folder: Path, names: list[str]) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
+def code_cells(notebook: Path) -> list[tuple[str, list[str]]]:
+    """Source and tags of each; read as JSON, since nbformat takes longer to import than `mtx` to refuse a parameter."""
+    return [("".join(cell["source"]), cell["metadata"].get("tags", []))
+            for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
 def declared(notebook: Path) -> dict[str, object]:
     """Names and defaults in the cell tagged `parameters`; a default annotated float is one. Raises ValueError.
 
     Read with ast: papermill's own reader drops a line whose comment holds a second equals sign.
     """
-    cells = [c.source for c in nbformat.read(notebook, 4).cells if "parameters" in c.metadata.get("tags", ())]
+    cells = [code for code, tags in code_cells(notebook) if "parameters" in tags]
     found = {}
     try:
         for line in ast.parse(*cells).body:
@@ -138,13 +140,13 @@ def declared(notebook: Path) -> dict[str, object]:
 
 def typed(name: str, text: str | list, like: object) -> object:
     """`text`, as YAML's BaseLoader leaves it (strings and lists of strings), in the type of the default `like`."""
-    with contextlib.suppress(ValueError, KeyError, yaml.YAMLError):
-        if isinstance(like, list):
-            text = yaml.load(text, yaml.BaseLoader) if isinstance(text, str) else text
-            if isinstance(text, list):
-                return [typed(name, item, like[0]) if like else yaml.safe_load(item) for item in text]
+    with contextlib.suppress(KeyError, ValueError, yaml.YAMLError):
+        if isinstance(like, list) and isinstance(text, str):
+            text = yaml.load(text, yaml.BaseLoader)
         elif isinstance(text, str):
             return {"true": True, "false": False}[text.lower()] if isinstance(like, bool) else type(like)(text)
+    if isinstance(like, list) and isinstance(text, list):
+        return [typed(name, item, like[0]) if like else yaml.safe_load(item) for item in text]
     raise ValueError(f"parameter {name!r}: expected {type(like).__name__}, got {text!r}")
 
 
@@ -175,7 +177,7 @@ def done_file(notebook: Path, out: Path) -> Path:
 
 def digest(notebook: Path, passed: dict, out: Path) -> str:
     """Of all that the result rests on: the code, the parameters, and the done files of the notebooks before it."""
-    code = [cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+    code = [code for code, _ in code_cells(notebook)]
     before = [path.read_text() for path in sorted((out / ".done").glob("*.json")) if path.stem < notebook.stem]
     return hashlib.sha256(json.dumps([code, passed, before]).encode()).hexdigest()
 
@@ -195,6 +197,8 @@ def run_notebooks(names: list[str], out: Path, preset: str = "quick", given: dic
     Raises ValueError before anything runs where a name or value is refused, NotebookFailed at the first failure.
     """
     notebooks, out = find_notebooks(folder, names), Path(out).resolve()
+    if out in [notebook.parent for notebook in notebooks]:
+        raise ValueError(f"expected a run folder, got {out}: the executed copies would replace the notebooks")
     with contextlib.chdir(folder.resolve().parent):
         work = plan(notebooks, out, preset, given or {})
         (out / ".done").mkdir(parents=True, exist_ok=True)
@@ -218,6 +222,9 @@ def run_notebooks(names: list[str], out: Path, preset: str = "quick", given: dic
 
 
 def execute(notebook: Path, passed: dict, copy: Path) -> None:
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
     go_on = f"As far as it got: {shown(copy)}\nPut it right, then give the same command: what is done is kept."
     try:
         papermill.execute_notebook(
@@ -234,15 +241,16 @@ def execute(notebook: Path, passed: dict, copy: Path) -> None:
         raise NotebookFailed(f"{notebook.stem}: the kernel died ({e}). Was it out of memory?\n{go_on}") from None
 
 
-def figures(out: Path) -> dict[str, str]:
-    """The main figures of `out/diagnosis.json` as text; none where there is no such file."""
+def figures(out: Path) -> dict[str, object]:
+    """The main figures of `out/diagnosis.json`; none where there is no such file."""
     path = out / "diagnosis.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    return {k: f"{found[k]:.3f}" if isinstance(found[k], float) else str(found[k]) for k in FIGURES if k in found}
+    return {key: found[key] for key in FIGURES if key in found}
 
 
 def report(out: Path) -> str:
-    rows = [(key, f"{value:<10}{FIGURES[key]}") for key, value in figures(out).items()]
+    rows = [(key, f"{f'{value:.3f}' if isinstance(value, float) else value:<10}{FIGURES[key]}")
+            for key, value in figures(out).items()]
     rows = rows or [("diagnosis", f"none: {shown(out / 'diagnosis.json')} is written by 05_latent_space")]
     rows += [("notebooks", f"{shown(out)}/*.ipynb ({len(list(out.glob('*.ipynb')))})"),
              ("MIDI", f"{shown(out)}/samples/*.mid ({len(list(out.glob('samples/*.mid')))})"),
@@ -265,11 +273,13 @@ def read_sweep(file: Path, folder: Path) -> tuple[str, str, list[Path], dict[str
         notebooks, preset, runs = find_notebooks(folder, spec.get("notebooks", [])), spec.get("preset", "quick"), {}
         likes = {name: like for path in notebooks for name, like in declared(path).items()}
         for given in points(*kinds, spec[min(kinds)], likes):
-            name = folder_name(given.pop("name", "") or ",".join(f"{key}={value}" for key, value in given.items()))
+            name = given.pop("name", "")
+            said = (f"{key}={value if isinstance(value, str) else '+'.join(value)}" for key, value in given.items())
+            name = folder_name(name or ",".join(said))
             if name in runs and "random" not in kinds:  # a repeated draw is no mistake, one run does for both
                 raise ValueError(f"two runs are called {name!r}")
             runs[name] = {**spec.get("params", {}), **given}
-            plan(notebooks, file, preset, runs[name])
+            plan(notebooks, file, preset, runs[name])  # refuses what no notebook can take
     except (AttributeError, KeyError, OSError, TypeError, ValueError, yaml.YAMLError) as e:
         raise ValueError(f"{shown(file)}: {e}\nA sweep looks like this:\n\n{SWEEP_FORMAT}") from e
     return folder_name(spec.get("name", file.stem)), preset, notebooks, runs
@@ -312,6 +322,8 @@ def run_sweep(file: Path, out: Path | None = None, workers: int = 1, folder: Pat
 
     `out/table.csv` is written anew at every change of state. Raises ValueError before anything starts.
     """
+    if workers < 1:
+        raise ValueError(f"expected 1 worker or more, got {workers}")
     file, out, folder = file.resolve(), out and out.resolve(), folder.resolve()
     with contextlib.chdir(folder.parent):
         sweep, preset, notebooks, runs = read_sweep(file, folder)
@@ -366,13 +378,16 @@ def start_run(notebooks: list[Path], out: Path, preset: str, given: dict, worker
 
 def show_table(rows: dict[str, dict], out: Path, changed: list[str]) -> None:
     """All rows, on a cleared terminal, and a line for each changed one elsewhere; `out/table.csv` with parameters."""
+    import pandas
+
     if changed:
         out.mkdir(parents=True, exist_ok=True)
         table = pandas.DataFrame(rows.values())
         write_atomic(out / "table.csv", table.to_csv(index=False))
         table = table.set_index("run")[["state", "seconds", *(key for key in FIGURES if key in table)]]
         if sys.stdout.isatty() or len(changed) == len(rows):
-            print("\x1b[2J\x1b[H" * sys.stdout.isatty() + table.to_string(na_rep="", index_names=False), flush=True)
+            text = table.to_string(na_rep="", float_format="%.3f", index_names=False)
+            print("\x1b[2J\x1b[H" * sys.stdout.isatty() + text, flush=True)
         else:
             print(*(f"{rows[name]['state']:<8} {name}" for name in changed), sep="\n", flush=True)
 

@@ -102,7 +102,8 @@ def test_plan_passes_what_each_notebook_declares(folder, monkeypatch):
     notebooks = workbook.find_notebooks(folder, [])
     first, second = workbook.plan(notebooks, folder.parent / "out", "tiny", {"lr": "2"}).values()
     assert first == {"preset": "tiny", "run_dir": "out"}
-    assert second == {"preset": "tiny", "run_dir": "out", "lr": 2.0, **{k: PRESETS["tiny"][k] for k in ("steps", "wandb")}}
+    steps, wandb = PRESETS["tiny"]["steps"], PRESETS["tiny"]["wandb"]
+    assert second == {"preset": "tiny", "run_dir": "out", "steps": steps, "wandb": wandb, "lr": 2.0}
 
 
 @pytest.mark.parametrize("given, message", [
@@ -119,12 +120,14 @@ def test_run_refuses_before_anything_runs(folder, tmp_path, capsys, given, messa
     assert not (tmp_path / "out").exists() and not (tmp_path / "ran.txt").exists()
 
 
-def test_unknown_preset_and_notebook_are_refused(folder, tmp_path, capsys):
+def test_unknown_preset_notebook_and_unfit_folder_are_refused(folder, tmp_path, capsys):
     common = ["--notebooks", str(folder), "--out", str(tmp_path / "out")]
     assert workbook.main(["run", "--preset", "tini", *common]) == 2
     assert "unknown preset 'tini'; did you mean 'tiny'?" in capsys.readouterr().err
     assert workbook.main(["run", "03", *common]) == 2
     assert "expected one notebook for '03', got none" in capsys.readouterr().err
+    assert workbook.main(["run", *common[:2], "--out", str(folder)]) == 2
+    assert "the executed copies would replace the notebooks" in capsys.readouterr().err
 
 
 def test_find_notebooks(folder):
@@ -177,7 +180,7 @@ def test_grid_takes_all_combinations_over_the_common_parameters(folder, tmp_path
 
 def test_list_takes_names_or_makes_them(folder, tmp_path):
     found = runs(sweep(tmp_path, "list: [{name: ../my run, lr: 1}, {lr: 2, rates: [1, 2]}, {}]"), folder)
-    assert list(found) == ["my-run", "lr=2,rates=-1-2", "run"]
+    assert list(found) == ["my-run", "lr=2,rates=1+2", "run"]
     assert found["my-run"] == {"lr": "1"}
 
 
@@ -344,7 +347,8 @@ Path(run_dir, "diagnosis.json").write_text(json.dumps({"verdict": "healthy", "ra
     (tmp_path / "go").touch()
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert again.returncode == 1, again.stderr
-    assert table() == {"quick": ["done", "healthy", "101.0"], "bad": ["failed", "", ""], "slow": ["done", "healthy", "102.0"]}
+    assert table() == {"quick": ["done", "healthy", "101.0"], "bad": ["failed", "", ""],
+                       "slow": ["done", "healthy", "102.0"]}
     times = {mood: len((tmp_path / f"{mood}.txt").read_text().split()) for mood in ("quick", "bad", "slow")}
     assert times == {"quick": 1, "bad": 2, "slow": 2}
     assert "mood=bad failed, see outputs/sweeps/ablation/mood=bad/log.txt" in again.stdout
