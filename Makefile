@@ -33,6 +33,7 @@ lint: .venv/installed-test
 
 # Removes runs (never outputs/reference), corpora and token stores, and Python's caches; keeps .venv
 clean:
+	mkdir -p outputs data
 	find outputs -mindepth 1 -maxdepth 1 ! -name reference -exec rm -rf {} +
 	find data -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
 	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +

@@ -33,6 +33,8 @@ import numpy as np
 from symusic import Note, Score, Tempo, TimeSignature, Track
 from tqdm.auto import tqdm
 
+from .files import atomic, atomic_text
+
 FORM = 1  # raise it when the normal form or the manifest changes: older caches are then rebuilt
 TPQ, GRID = 480, 120  # ticks a quarter, ticks a 16th
 VELOCITY, TEMPO = 80, 96.0  # TEMPO where the file has none between 20 and 300 quarters a minute
@@ -458,7 +460,7 @@ def load_source(source: str, data_dir: Path, archive: str, limit: int, workers: 
         folder.mkdir(parents=True, exist_ok=True)
         entries = [{**e, "source": source, "licence": LICENCES[source], "stamp": f"{FORM} {state}"}
                    for e in build(source, folder, archive, limit, workers, progress)]
-        write_atomically(manifest, json.dumps(entries, indent=1).encode())
+        atomic_text(manifest, json.dumps(entries, indent=1))
         for stale in set(folder.glob("*.mid")) - {folder / e["file"] for e in entries if "file" in e}:
             stale.unlink()
     if not any("file" in e for e in entries):
@@ -487,7 +489,7 @@ def prepare(name: str, kind: str, given, split: str, output: str) -> dict:
         if kind not in READERS:
             raise Unusable(kind)
         score = normalise(READERS[kind](given))
-        write_atomically(Path(output), score.dumps_midi())
+        atomic(output, score.dump_midi)
         return {"name": name, "file": Path(output).name, "split": split, **describe(score)}
     except Exception as e:
         return {"name": name, "skipped": reason(e)}
@@ -537,12 +539,6 @@ def reader() -> None:
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(prepare(*json.loads(line))), file=answers, flush=True)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    os.replace(part, path)
 
 
 def short_hash(text: str) -> str:

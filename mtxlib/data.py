@@ -28,11 +28,12 @@ WINDOW = np.dtype([("piece", np.int32), ("bar", np.int32), ("shift", np.int8), (
 
 
 class SlotTable:
-    """What each id does to the clock, (V, 5) integers: resets, bars, position, unit, shift.
+    """What each id does to the clock, (V, 6) integers: resets, bars, position, unit, length, shift.
 
     resets: 1 where a new voice starts from the window's first bar again. bars: bars opened. position: the position in
-    the bar it sets, -1 for none. unit: 32nds a position or shift of one counts from here on, 0 for no change. shift:
-    positions it moves on.
+    the bar it sets, -1 for none. unit: 32nds a position or shift of one counts from here on, 0 for no change. length:
+    32nds a bar lasts from here on, 0 for no change. shift: positions it moves on, before unit and length change; where
+    no token opens bars (TSD), enough shifts do.
     """
 
     def __init__(self, rows: np.ndarray | list, n_bars: int):
@@ -40,21 +41,21 @@ class SlotTable:
         self.n_slots = n_bars * SLOTS_PER_BAR
 
     def start(self, batch: int) -> Tensor:
-        """The clock before the first token: (B, 4) bar, position, unit, time."""
-        return torch.tensor([0, 0, 2, 0]).repeat(batch, 1)
+        """The clock before the first token: (B, 5) bar, position, unit, length, time since its bar line in 32nds."""
+        return torch.tensor([0, 0, 2, 32, 0]).repeat(batch, 1)
 
     def advance(self, clock: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Read one id a sequence: clock (B, 4) and ids (B,) -> the next clock and the ids' slots (B,)."""
-        bar, position, unit, time = clock.unbind(1)
-        resets, bars, to, new_unit, shift = self.rows[ids].unbind(1)
-        bar = torch.where(resets > 0, bars, bar + bars)
-        unit = torch.where(new_unit > 0, new_unit, unit)
+        """Read one id a sequence: clock (B, 5) and ids (B,) -> the next clock and the ids' slots (B,)."""
+        bar, position, unit, length, time = clock.unbind(1)
+        resets, bars, to, new_unit, new_length, shift = self.rows[ids].unbind(1)
+        time = time + shift * unit
+        bar = torch.where(shift > 0, bar.clamp(min=1), bar) + time // length
+        bar, time = torch.where(resets > 0, bars, bar + bars), time % length
         position = torch.where(to >= 0, to, position)
-        time = torch.where((resets > 0) | (bars > 0), shift, time + shift)
-        in_bar = position * unit // 2 + time * unit // 2
-        in_bar = torch.where(bar > 0, in_bar.clamp(max=SLOTS_PER_BAR - 1), in_bar)  # a tokenizer without bars runs on
+        unit, length = torch.where(new_unit > 0, new_unit, unit), torch.where(new_length > 0, new_length, length)
+        in_bar = ((position * unit + time) // 2).clamp(max=SLOTS_PER_BAR - 1)
         slots = ((bar - 1).clamp(min=0) * SLOTS_PER_BAR + in_bar).clamp(max=self.n_slots - 1)
-        return torch.stack([bar, position, unit, time], 1), slots
+        return torch.stack([bar, position, unit, length, time], 1), slots
 
     def slots(self, ids: Tensor) -> Tensor:
         """Slots of whole sequences, (B, T) -> (B, T)."""
@@ -63,6 +64,31 @@ class SlotTable:
             clock, slots = self.advance(clock, column)
             columns.append(slots)
         return torch.stack(columns, 1)
+
+
+class Grammar:
+    """Which ids may come next, so that sampling writes whole notes, forward in time, within the window's bars.
+
+    ends: (V, 3) integers: the kinds of an id's first and last base token, and the position it sets before any other
+    timing, -1 for none. follows: (K, K), True where a kind may come after another. fresh: kinds after which any
+    position of the bar is still ahead. table: the clock's.
+    """
+
+    def __init__(self, ends: np.ndarray | list, follows: np.ndarray, fresh: list[int], table: SlotTable):
+        self.first, self.last, self.position = torch.as_tensor(np.asarray(ends), dtype=torch.long).unbind(1)
+        self.follows, self.fresh, self.table = torch.as_tensor(follows), torch.tensor(fresh), table
+
+    def allows(self, previous: Tensor, clock: Tensor) -> Tensor:
+        """Ids that may follow `previous` (B,) when the clock (B, 4) has read it: (B, V), one of them at least."""
+        bar, position = clock[:, :1], clock[:, 1:2]
+        kind = self.last[previous]
+        may_follow = self.follows[kind][:, self.first]
+        is_ahead = (self.position < 0) | (self.position > position) | torch.isin(kind, self.fresh)[:, None]
+        resets, bars = self.table.rows[:, 0], self.table.rows[:, 1]
+        is_within = torch.where(resets > 0, bars, bar + bars) <= self.table.n_slots // SLOTS_PER_BAR
+        allowed = may_follow & is_ahead & is_within
+        allowed[:, EOS] |= ~allowed.any(1)
+        return allowed
 
 
 class Batch(NamedTuple):
@@ -159,10 +185,10 @@ def epoch_batches(lengths: np.ndarray, indices: np.ndarray, batch_size: int, see
     if len(indices) < batch_size:
         indices = np.resize(indices, batch_size)
     rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(indices)
+    order = rng.permutation(indices)[:len(indices) // batch_size * batch_size]
     pools = (order[i:i + pool * batch_size] for i in range(0, len(order), pool * batch_size))
     order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
-    batches = np.split(order[:len(order) // batch_size * batch_size], len(order) // batch_size)
+    batches = np.split(order, len(order) // batch_size)
     return [batches[i] for i in rng.permutation(len(batches))]
 
 

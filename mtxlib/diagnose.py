@@ -54,7 +54,7 @@ def diagnose(model: MusicVAE, codec: Codec, windows: Windows, config: Config, *,
         # Free-running fidelity: the only test in which the decoder cannot copy what it was given.
         **fidelity(codec, originals, decoded),
         "retrieval_at_1": retrieval(model, codec, m, originals, decoded),
-        "prior_wellformed": prior_wellformed(model, codec, n_prior, int(windows.lengths.mean()), max_tokens, seed),
+        **prior_quality(model, codec, n_prior, int(windows.lengths.mean()), max_tokens, seed),
         "n_windows": len(windows),
     }
     result["verdict"] = verdict(result)
@@ -68,7 +68,7 @@ def greedy(model: MusicVAE, codec: Codec, z: Tensor, is_live: Tensor, max_tokens
     device = next(model.parameters()).device
     return [ids for i in range(0, len(z), batch_size) for ids in
             decode(model, codec.table, z[i:i + batch_size].to(device), is_live[i:i + batch_size].to(device),
-                   max_tokens=max_tokens)]
+                   max_tokens=max_tokens, grammar=codec.grammar)]
 
 
 # -- free-running fidelity ------------------------------------------------------------------------------------------
@@ -143,12 +143,15 @@ def mutual_information(m: Measured, seed: int = 0) -> float:
     return float((log_q.diagonal() - (log_q.logsumexp(1) - math.log(len(mu)))).mean())
 
 
-def prior_wellformed(model: MusicVAE, codec: Codec, n: int, n_tokens: int, max_tokens: int, seed: int = 0) -> float:
-    """Share of samples, z ~ N(0, 1) and tokens at temperature 1, that are whole (see `is_wellformed`)."""
+def prior_quality(model: MusicVAE, codec: Codec, n: int, n_tokens: int, max_tokens: int,
+                  seed: int = 0) -> dict[str, float]:
+    """Share of samples, z ~ N(0, 1) and tokens at temperature 1, that are whole (see `is_wellformed`): as they are
+    decoded everywhere, held to the grammar, and `_free` without it, as a measure of what the model itself knows."""
     z = prior_latents(model, n, n_tokens, seed)
-    return float(np.mean([is_wellformed(codec, ids) for ids in
-                          decode(model, codec.table, z, max_tokens=max_tokens, temperature=PRIOR_TEMPERATURE,
-                                 seed=seed)]))
+    return {name: float(np.mean([is_wellformed(codec, ids) for ids in
+                                 decode(model, codec.table, z, max_tokens=max_tokens, temperature=PRIOR_TEMPERATURE,
+                                        seed=seed, grammar=grammar)]))
+            for name, grammar in (("prior_wellformed", codec.grammar), ("prior_wellformed_free", None))}
 
 
 def is_wellformed(codec: Codec, ids: list[int]) -> bool:

@@ -7,17 +7,18 @@ window the next token stands, so decoding needs no tokenizer.
 import torch
 from torch import Tensor
 
-from .data import BOS, EOS, N_SPECIAL, SlotTable
+from .data import BOS, EOS, N_SPECIAL, Grammar, SlotTable
 from .model import MusicVAE
 
 
 @torch.no_grad()
 def decode(model: MusicVAE, table: SlotTable, z: Tensor, is_live: Tensor | None = None, *, max_tokens: int,
-           temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> list[list[int]]:
+           temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+           grammar: Grammar | None = None) -> list[list[int]]:
     """Decode each z from itself alone: z (B, S, C) -> B lists of ids, from BOS to EOS (or cut at max_tokens).
 
-    temperature 0 is greedy; top_p keeps the most likely tokens of so much mass (Holtzman 2020). A sequence that has
-    ended leaves the batch, so the longest does not pay for all.
+    temperature 0 is greedy; top_p keeps the most likely tokens of so much mass (Holtzman 2020). A grammar rules out
+    ids that cannot follow. A sequence that has ended leaves the batch, so the longest does not pay for all.
     """
     device = z.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -27,9 +28,12 @@ def decode(model: MusicVAE, table: SlotTable, z: Tensor, is_live: Tensor | None 
     out[:, 0] = BOS
     rows, clock = torch.arange(len(z), device=device), table.start(len(z))
     for t in range(1, max_tokens):
-        clock, slots = table.advance(clock, out[rows, t - 1].cpu())
+        previous = out[rows, t - 1].cpu()
+        clock, slots = table.advance(clock, previous)
         logits = model.proceed(out[rows, t - 1:t], slots.to(device)[:, None], decoding)[:, -1].float()
         logits[:, [i for i in range(N_SPECIAL) if i != EOS]] = -torch.inf
+        if grammar:
+            logits = logits.masked_fill(~grammar.allows(previous, clock).to(device), -torch.inf)
         has_ended = out[rows, t - 1] == EOS
         out[rows, t] = choose(logits, temperature, top_p, generator).masked_fill(has_ended, EOS)
         going = (out[rows, t] != EOS).nonzero()[:, 0]

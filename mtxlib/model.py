@@ -71,7 +71,7 @@ class Bottleneck(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head = nn.Linear(config.d_model, 2 * config.latent_channels)
-        self.to_memory = nn.Linear(config.latent_channels, config.d_model)
+        self.to_memory = nn.Linear(config.latent_channels, config.d_model) if config.condition != "in" else None
 
     def pool(self, h: Tensor, slots: Tensor, is_pad: Tensor) -> tuple[Tensor, Tensor]:
         """h (B, T, D) -> one state a row (B, S, D), is_live (B, S)."""
@@ -147,7 +147,8 @@ class Conv(Bottleneck):
         self.stride, D = config.conv_stride, config.d_model
         halvings = int(math.log2(self.stride))
         self.down = nn.ModuleList(nn.Conv1d(D, D, kernel_size=4, stride=2, padding=1) for _ in range(halvings))
-        self.up = nn.ModuleList(nn.ConvTranspose1d(D, D, kernel_size=4, stride=2, padding=1) for _ in range(halvings))
+        self.up = nn.ModuleList(nn.ConvTranspose1d(D, D, kernel_size=4, stride=2, padding=1)
+                                for _ in range(halvings if self.to_memory else 0))
 
     def row_of(self, slots: Tensor, start: int = 0) -> Tensor:
         index = torch.arange(start, start + slots.shape[1], device=slots.device)
@@ -311,6 +312,7 @@ class MusicVAE(nn.Module):
 
     def begin(self, z: Tensor, is_live: Tensor, size: int = 0) -> Decoding:
         """Project z (B, S, C) for the decoder once; with `size`, make caches for so many tokens."""
+        z = z.masked_fill(~is_live[..., None], 0.0)  # or a window's last token would hear noise from beyond its end
         keys_values, may_attend, blocks = [None] * len(self.decoder.blocks), None, self.decoder.blocks
         if blocks[0].cross is not None:
             memory, is_there = self.bottleneck.memory(z.to(self.bottleneck.head.weight.dtype), is_live)

@@ -116,7 +116,8 @@ class Run:
         parts = [slice(i, i + BATCH) for i in range(0, len(z), BATCH)]
         return [self.codec.decode(ids) for part in parts for ids in
                 decode(self.model, self.codec.table, z[part], is_live if is_live is None else is_live[part],
-                       max_tokens=self.max_tokens, temperature=temperature, top_p=top_p, seed=seed + part.start)]
+                       max_tokens=self.max_tokens, temperature=temperature, top_p=top_p, seed=seed + part.start,
+                       grammar=self.codec.grammar)]
 
     def reconstruct(self, music: str | Path | Score, temperature: float = 0.0) -> Score:
         """A whole piece through the latent, window by window, with the original's metre and tempo."""
@@ -147,11 +148,12 @@ class Run:
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
-    def pieces(self, split: str, source: str = "") -> list[Piece]:
-        """The pieces of a split of the run's own source, or of another one."""
+    def pieces(self, split: str, source: str = "", archive: str = "") -> list[Piece]:
+        """The pieces of a split of the run's own source, or of another one (from `archive`, see `load_corpus`)."""
         data = self.config.data
-        pieces = load_corpus(source or data.source, data.data_dir, archive="" if source else data.archive,
-                             limit=data.limit)
+        own = not source or source == data.source
+        pieces = load_corpus(source or data.source, data.data_dir, archive=archive or (data.archive if own else ""),
+                             limit=data.limit if own else 0)
         return [p for p in pieces if p.split == split]
 
     def diagnose(self, pieces: str | list[Piece] = "test", floor: float | None = None) -> dict:

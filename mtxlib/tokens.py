@@ -22,13 +22,13 @@ from symusic import Score
 from tqdm.auto import tqdm
 
 from .config import Config
-from .corpus import METRES, Piece
-from .data import BOS, EOS, N_SPECIAL, SPLITS, SlotTable, TokenStore, Windows, pad_sequences, write_store
+from .corpus import METRES, TEMPO, TPQ, VOICES, Piece
+from .data import BOS, EOS, N_SPECIAL, SPLITS, Grammar, SlotTable, TokenStore, Windows, pad_sequences, write_store
 
 PITCHES = (21, 109)  # the piano's range; the upper end is excluded
 LONGEST_NOTE = 16  # quarters
 KEYS = range(-5, 7)  # semitones of transposition: each of the twelve keys once
-VERSION = 1  # of what a store holds; raise it when that changes
+VERSION = 2  # of what a store holds; raise it when that changes
 SPACE = "\u2581"  # stands before every beat in the BPE model of MidiTok
 
 
@@ -41,7 +41,8 @@ def make_tokenizer(name: str = "REMI", programs: Iterable[int] = (52, 53, 54, 42
     return getattr(miditok, name)(TokenizerConfig(
         pitch_range=PITCHES, beat_res={(0, LONGEST_NOTE): 4}, use_velocities=False, use_programs=True,
         one_token_stream_for_programs=True, programs=sorted(programs), use_time_signatures=True,
-        time_signature_range={unit: list(beats) for unit, beats in METRES.items()}, special_tokens=["PAD", "BOS", "EOS", "MASK"], encode_ids_split="beat",
+        time_signature_range={unit: list(beats) for unit, beats in METRES.items()},
+        special_tokens=["PAD", "BOS", "EOS", "MASK"], encode_ids_split="beat",
         **extra))
 
 
@@ -119,6 +120,7 @@ def chain(windows: list[Score], n_bars: int) -> Score:
         starts += [starts[-1] + line for line in lines[1:]]
     score = join(windows, list(range(0, n_bars * len(windows), n_bars)), n_bars, starts)
     score.time_signatures.extend(metres)
+    score.tempos.extend(windows[0].tempos)
     return score
 
 
@@ -145,6 +147,7 @@ class Codec:
         self.expansion = self._expansion()
         self.vocab_size = len(self.expansion)
         self.table = SlotTable([slot_row([self.names[i] for i in ids]) for ids in self.expansion], n_bars)
+        self.grammar = self._grammar()
         timing = np.isin(self.kinds, TIMING)
         self.is_structure = np.array([bool(ids) and all(timing[i] for i in ids) for ids in self.expansion])
 
@@ -154,6 +157,20 @@ class Codec:
         base = {byte: i for i, byte in enumerate(self.bytes)}
         learned = sorted(self.tokenizer.vocab_model.items(), key=lambda item: item[1])
         return [[base[char] for char in text if char != SPACE] for text, _ in learned]
+
+    def _grammar(self) -> Grammar:
+        follows = FOLLOWS[type(self.tokenizer).__name__]
+        kinds = list(follows)
+        kind_of = [kinds.index(kind_name(name)) if kind_name(name) in follows else kinds.index("PAD")
+                   for name in self.names]
+        ends = []
+        for ids in self.expansion:
+            times = [i for i in ids if self.kinds[i] in TIMING]
+            jumps = times and self.kinds[times[0]] == "Position"
+            ends.append([kind_of[ids[0]], kind_of[ids[-1]], int(self.names[times[0]][9:]) if jumps else -1]
+                        if ids else [kinds.index("PAD"), kinds.index("PAD"), -1])
+        may = np.array([[b in follows[a].split() for b in kinds] for a in kinds])
+        return Grammar(ends, may, [kinds.index(k) for k in ("Bar", "TimeSig") if k in kinds], self.table)
 
     def cuts(self, ids: np.ndarray) -> np.ndarray:
         """Where a new beat, bar, voice or time shift begins in base ids: BPE merges stay between two cuts."""
@@ -176,10 +193,11 @@ class Codec:
         return Codec(self.tokenizer, self.n_bars)
 
     def compress(self, words: list[list[str]]) -> list[np.ndarray]:
-        """Words of each sequence -> ids with BOS and EOS. Each different word is coded once."""
+        """Words of each sequence -> ids with BOS and EOS. Each different word is coded once; a SPACE that stays alone
+        stands for nothing and is left out."""
         unique = sorted({w for ws in words for w in ws})
         codes = self.tokenizer._model.encode_batch([[w] for w in unique], is_pretokenized=True)
-        code = {w: c.ids for w, c in zip(unique, codes, strict=True)}
+        code = {w: [i for i in c.ids if self.expansion[i]] for w, c in zip(unique, codes, strict=True)}
         return [np.array([BOS, *(i for w in ws for i in code[w]), EOS]) for ws in words]
 
     def finish(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
@@ -199,9 +217,13 @@ class Codec:
         return [base for i in ids if i >= N_SPECIAL for base in self.expansion[i]]
 
     def decode(self, ids: Iterable[int]) -> Score:
-        """Ids -> the window they stand for, 480 ticks a quarter. MidiTok skips tokens that make no note."""
+        """Ids -> the window they stand for, in normal form. MidiTok skips tokens that make no note."""
         base = self.expand(ids)
-        return self.tokenizer.decode(TokSequence(ids=base, tokens=[self.names[i] for i in base])).resample(480)
+        score = self.tokenizer.decode(TokSequence(ids=base, tokens=[self.names[i] for i in base])).resample(TPQ)
+        score.tempos = symusic.core.TempoTickList([symusic.Tempo(0, TEMPO)])
+        for track in score.tracks:
+            track.name = VOICES.get(track.program, track.name)
+        return score
 
     def slots(self, sequences: list[np.ndarray], chunk: int = 4096) -> list[np.ndarray]:
         """Slots of many sequences, those of like length together."""
@@ -214,6 +236,23 @@ class Codec:
 
 
 TIMING = ("Bar", "Position", "TimeSig", "TimeShift", "Track")
+_NOTE = {"Pitch": "Duration", "PitchDrum": "Duration", "PAD": "", "MASK": ""}
+# What may come after each kind of base token.
+FOLLOWS = {
+    "REMI": {"BOS": "Bar", "Bar": "TimeSig", "TimeSig": "Position Bar EOS", "Position": "Program",
+             "Program": "Pitch PitchDrum", "Duration": "Program Position Bar EOS", "EOS": "EOS", **_NOTE},
+    "TSD": {"BOS": "TimeSig", "TimeSig": "Program TimeShift", "TimeShift": "Program TimeShift TimeSig",
+            "Program": "Pitch PitchDrum", "Duration": "Program TimeShift EOS", "EOS": "EOS", **_NOTE},
+    "MMM": {"BOS": "Track_Start", "Track_Start": "Program", "Program": "Bar", "Bar": "TimeSig",
+            "TimeSig": "Position Bar Track_End", "Position": "Pitch PitchDrum",
+            "Duration": "Pitch PitchDrum Position Bar Track_End", "Track_End": "Track_Start EOS", "EOS": "EOS",
+            **_NOTE},
+}
+
+
+def kind_name(name: str) -> str:
+    """The kind of a base token as `FOLLOWS` calls it."""
+    return name if name.startswith("Track") else name.split("_")[0]
 
 
 def beat_of(name: str) -> int:
@@ -224,7 +263,7 @@ def beat_of(name: str) -> int:
 
 def slot_row(names: list[str]) -> list[int]:
     """What base tokens, one after the other, do to the clock: the row of `SlotTable`."""
-    resets, bars, position, unit, shift = 0, 0, -1, 0, 0
+    resets, bars, position, unit, length, shift = 0, 0, -1, 0, 0, 0
     for kind, _, value in (name.partition("_") for name in names):
         if kind == "Track" and value == "Start":
             resets, bars, position, shift = 1, 0, 0, 0
@@ -233,11 +272,12 @@ def slot_row(names: list[str]) -> list[int]:
         elif kind == "Position":
             position = int(value)
         elif kind == "TimeSig":
-            unit = 8 // int(value.split("/")[1])
+            beats, denominator = map(int, value.split("/"))
+            unit, length = 8 // denominator, beats * 32 // denominator
         elif kind == "TimeShift":
             beats, positions, per_beat = map(int, value.split("."))
             shift += beats * 4 + positions * 4 // per_beat
-    return [resets, bars, position, unit, shift]
+    return [resets, bars, position, unit, length, shift]
 
 
 # -- the store ----------------------------------------------------------------------------------------------------
@@ -275,7 +315,8 @@ def store_folder(config: Config, pieces: list[Piece]) -> Path:
     """Where the store of these pieces under this configuration lies; any change of either gives another folder."""
     data = config.data
     what = [VERSION, version("miditok"), data.tokenizer, data.bpe_vocab, data.n_bars, data.hop, data.transpose,
-            config.model.max_tokens, [(p.name, p.source, p.split, p.bars) for p in pieces]]
+            config.model.max_tokens,
+            [(p.name, p.source, p.split, hashlib.sha256(p.path.read_bytes()).hexdigest()) for p in pieces]]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
     return Path(data.data_dir) / "stores" / f"{data.source}-{data.tokenizer}{data.bpe_vocab or ''}-{digest}"
 

@@ -9,10 +9,8 @@ random state is saved, so a resumed run on the CPU repeats the losses of an unin
 import argparse
 import json
 import math
-import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,6 +26,7 @@ from tqdm.auto import tqdm
 
 from .config import Config, TrainConfig
 from .data import PAD, Batch, TokenDropout, TokenStore, epoch_batches
+from .files import atomic, atomic_text
 from .losses import Terms, beta_at, kl_per_dim, lr_at, objective, rate_at, reconstruction
 from .measure import Measured, measure
 from .model import MusicVAE
@@ -35,18 +34,20 @@ from .model import MusicVAE
 LOG_EVERY = 10  # steps a line of metrics.jsonl is the mean of
 
 
-def train(config: Config, run_dir: str | Path, device: str = "") -> Path:
-    """Train, or go on from run_dir/state.pt; returns the path of the best weights.
+def train(config: Config, run_dir: str | Path, device: str = "",
+          on_validate: Callable[[], None] = lambda: None) -> Path:
+    """Train, or go on from run_dir/state.pt; returns the path of the best weights. `on_validate` is called after each
+    validation, when metrics.jsonl is up to date.
 
     Raises FileNotFoundError without a token store, FloatingPointError when the loss is no longer a number, ValueError
     when run_dir holds another configuration's checkpoint.
     """
-    return Trainer(config, Path(run_dir), device).run()
+    return Trainer(config, Path(run_dir), device, on_validate).run()
 
 
 class Trainer:
-    def __init__(self, config: Config, run_dir: Path, device: str = ""):
-        self.config, self.run_dir, self.c = config, run_dir, config.train
+    def __init__(self, config: Config, run_dir: Path, device: str = "", on_validate: Callable[[], None] = lambda: None):
+        self.config, self.run_dir, self.c, self.on_validate = config, run_dir, config.train, on_validate
         run_dir.mkdir(parents=True, exist_ok=True)
         if self.c.threads:
             torch.set_num_threads(self.c.threads)
@@ -69,6 +70,7 @@ class Trainer:
         # The optimiser sees nats per token of an average window: gradient clipping then means the same everywhere.
         self.loss_scale = 1.0 / float(self.store.lengths[self.train_indices].mean())
         self.step, self.best, self.bad, self.seconds = 0, math.inf, 0, 0.0
+        self.sums: dict = {}  # of what `update` gave since the last line of metrics.jsonl
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -114,7 +116,7 @@ class Trainer:
         if self.average:
             self.average.update_parameters(self.model)
         names = ("loss", "recon", "kl", "kl_loss")
-        return {**dict(zip(names, sums, strict=True)), "grad_norm": norm}
+        return {**dict(zip(names, sums, strict=True)), "grad_norm": norm, "steps": 1}
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -122,7 +124,7 @@ class Trainer:
         self.resume()
         log, wandb_run = self.run_dir / "metrics.jsonl", start_wandb(self.config, self.run_dir)
         bar = tqdm(total=self.c.steps, initial=self.step, desc="training", unit="step", mininterval=1.0)
-        sums, n_tokens, began = {}, 0, time.perf_counter()
+        n_tokens, began = 0, time.perf_counter()
         batches = self.batches()
         with interrupted() as stop:
             while self.step < self.c.steps and not stop.is_set and not self.is_stuck():
@@ -130,22 +132,24 @@ class Trainer:
                 values = self.update(batch)
                 self.step += 1
                 n_tokens += int((batch.ids[:, 1:] != PAD).sum())
-                sums = {k: sums.get(k, 0) + v for k, v in values.items()}
+                self.sums = {k: self.sums.get(k, 0) + v for k, v in values.items()}
                 is_eval = self.step % self.c.eval_every == 0 or self.step == self.c.steps
                 if self.step % LOG_EVERY and not is_eval:
                     bar.update()
                     continue
-                line = self.line(sums, n_tokens, time.perf_counter() - began)
-                self.check_finite(line)
+                line = self.line(n_tokens, time.perf_counter() - began)
                 write_lines(log, wandb_run, [line])
-                sums, n_tokens, began = {}, 0, time.perf_counter()
+                self.sums, n_tokens, began = {}, 0, time.perf_counter()
                 bar.set_postfix(recon=f"{line['recon']:.1f}", rate=f"{line['kl']:.1f}", beta=f"{line['beta']:.2f}")
                 bar.update()
                 if is_eval:
                     write_lines(log, wandb_run, [self.validate()])
+                    self.save_state()  # after its lines: those that a checkpoint lacks are dropped on resume
+                    self.on_validate()
                     began = time.perf_counter()
         bar.close()
         if stop.is_set:
+            self.means()  # weights that are no numbers must not replace the last good checkpoint
             self.save_state()
             print(f"stopped at step {self.step} of {self.c.steps}; run the same command again to go on")
             raise KeyboardInterrupt
@@ -153,35 +157,40 @@ class Trainer:
             wandb_run.finish()
         return self.run_dir / "model.safetensors"
 
-    def line(self, sums: dict, n_tokens: int, seconds: float) -> dict:
-        n = self.step % LOG_EVERY or LOG_EVERY
+    def means(self) -> dict[str, float]:
+        """Of the steps since the last line. Raises FloatingPointError if they are not numbers."""
+        means = {k: float(v) / float(self.sums["steps"]) for k, v in self.sums.items() if k != "steps"}
+        self.check_finite(means)
+        return means
+
+    def line(self, n_tokens: int, seconds: float) -> dict:
         self.seconds += seconds
         c, last = self.c, self.step - 1
-        return {"step": self.step, "split": "train", **{k: float(v) / n for k, v in sums.items()},
+        return {"step": self.step, "split": "train", **self.means(),
                 "beta": beta_at(last, c.beta_schedule, c.beta_max, c.beta_warmup),
                 "target_rate": rate_at(last, c.target_rate, c.target_start, c.beta_warmup),
                 "lr": c.lr * lr_at(last, c.steps, c.lr_warmup), "tokens_per_s": n_tokens / seconds,
                 "seconds": self.seconds}
 
-    def check_finite(self, line: dict) -> None:
-        if not math.isfinite(line["loss"] + line["grad_norm"]):
+    def check_finite(self, values: dict[str, float]) -> None:
+        if not all(map(math.isfinite, values.values())):
             pieces = sorted({self.store.pieces[p]["name"] for p in self.store.windows["piece"][self.current]})
             good = self.run_dir / "state.pt"
             raise FloatingPointError(
-                f"the loss is not a number at step {self.step} (loss {line['loss']}, gradient norm "
-                f"{line['grad_norm']}); the last batch held {', '.join(pieces[:8])}; the last good checkpoint is "
+                f"the loss is not a number at step {self.step} ({', '.join(f'{k} {v:g}' for k, v in values.items())});"
+                f" the last batch held {', '.join(pieces[:8])}; the last good checkpoint is "
                 f"{good if good.exists() else 'none'}: lower lr or grad_clip, or set precision to fp32")
 
     def validate(self) -> dict:
-        """Measure the validation windows, keep the weights if they are the best so far, save the state."""
+        """Measure the validation windows; keep the weights if they are the best so far."""
         model = self.average.module if self.average else self.model
         m = measure(model, self.store, self.valid_indices, autocast=self.autocast, seed=self.c.seed)
         score = self.final_objective(m)
+        self.check_finite({"validation objective": score})
         self.bad = 0 if score < self.best else self.bad + 1
         if score < self.best:
             self.best = score
             save_weights(model, self.run_dir / "model.safetensors", self.config, self.store.lengths)
-        self.save_state()
         return {"step": self.step, "split": "valid", **m.summary(), "objective": score, "seconds": self.seconds}
 
     def final_objective(self, m: Measured) -> float:
@@ -197,7 +206,7 @@ class Trainer:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def save_state(self) -> None:
-        state = {"step": self.step, "best": self.best, "bad": self.bad, "seconds": self.seconds,
+        state = {"step": self.step, "best": self.best, "bad": self.bad, "seconds": self.seconds, "sums": self.sums,
                  "config": json.dumps(self.config.to_dict()), "model": self.model.state_dict(),
                  "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(),
                  "average": self.average.state_dict() if self.average else None,
@@ -208,8 +217,7 @@ class Trainer:
         path = self.run_dir / "state.pt"
         if not path.exists():
             (self.run_dir / "metrics.jsonl").unlink(missing_ok=True)
-            atomic(self.run_dir / "config.json",
-                   lambda p: p.write_text(json.dumps(self.config.to_dict(), indent=1) + "\n"))
+            atomic_text(self.run_dir / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
         ours, theirs = (Config.from_dict(json.loads(c)).flat() for c in (json.dumps(self.config.to_dict()),
@@ -218,7 +226,7 @@ class Trainer:
         if different:
             k = different[0]
             raise ValueError(f"{path} was trained with {k} = {theirs[k]!r}, now it is {ours[k]!r}: "
-                             "choose another run folder, or delete this one to start again")
+                             "choose another run folder (mtx run --out …), or delete this one to start again")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average:
@@ -226,7 +234,8 @@ class Trainer:
         torch.set_rng_state(state["rng"].cpu())
         if state["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"].cpu())
-        self.step, self.best, self.bad, self.seconds = (state[k] for k in ("step", "best", "bad", "seconds"))
+        self.step, self.best, self.bad, self.seconds, self.sums = (
+            state[k] for k in ("step", "best", "bad", "seconds", "sums"))
         forget_after(self.run_dir / "metrics.jsonl", self.step)
         print(f"going on from step {self.step} of {self.c.steps} in {path}")
 
@@ -256,20 +265,6 @@ def save_weights(model: MusicVAE, path: Path, config: Config, lengths: np.ndarra
     atomic(path, lambda p: save_model(model, str(p), metadata=metadata))
 
 
-def atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, then rename. On failure the old file stays and the error says so."""
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(fd)
-    try:
-        write(Path(name))
-        os.replace(name, path)
-    except OSError as e:
-        raise OSError(e.errno, f"could not write {path} ({e.strerror}); what was there before is unharmed: free some "
-                               "space and run the same command again") from e
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 def write_lines(path: Path, wandb_run, lines: list[dict]) -> None:
     with path.open("a") as f:
         f.writelines(json.dumps(line) + "\n" for line in lines)
@@ -282,7 +277,7 @@ def forget_after(path: Path, step: int) -> None:
     """Drop the lines of metrics.jsonl that a killed run wrote after its last checkpoint."""
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    atomic(path, lambda p: p.write_text("".join(f"{line}\n" for line in kept)))
+    atomic_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def start_wandb(config: Config, run_dir: Path):
@@ -327,7 +322,7 @@ def main() -> int:
         print(train(Config.load(args.config), args.config.parent, args.device))
     except KeyboardInterrupt:
         return 130
-    except (ValueError, FileNotFoundError, FloatingPointError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     return 0

@@ -73,8 +73,8 @@ def test_git_keeps_the_reference_run_alone(path, is_kept):
 
 
 def test_clean_spares_the_reference_run(tmp_path):
-    for kept_or_not in ("outputs/reference", "outputs/quickstart", "data/bach", ".venv/__pycache__", "mtxlib/__pycache__"):
-        (tmp_path / kept_or_not).mkdir(parents=True)
+    for folder in ("outputs/reference", "outputs/quickstart", "data/bach", ".venv/__pycache__", "mtxlib/__pycache__"):
+        (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "data" / "README.md").touch()
     subprocess.run(["make", "-s", "-f", ROOT / "Makefile", "clean"], cwd=tmp_path, check=True)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}

@@ -308,9 +308,11 @@ except KeyboardInterrupt:
     Path("saved").touch()""")
     command = [sys.executable, "-m", "mtxlib.workbook", "run", "--notebooks", "notebooks", "--out", "out"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-        time.sleep(0.3)
-        process.terminate()
+        try:
+            wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+            time.sleep(0.3)
+        finally:
+            process.terminate()
         assert "stopped; the same command goes on from here" in process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert (tmp_path / "saved").exists() and not list(tmp_path.glob("out/.done/*.json"))
@@ -338,8 +340,10 @@ Path(run_dir, "diagnosis.json").write_text(json.dumps({"verdict": "healthy", "ra
         return {row["mood"]: [row["state"], row["verdict"], row["rate_nats"]] for row in rows}
 
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True) as process:
-        wait_for(lambda: (tmp_path / "slow.txt").exists() and table()["quick"][0] == "done")
-        os.killpg(process.pid, signal.SIGKILL)
+        try:
+            wait_for(lambda: (tmp_path / "slow.txt").exists() and table()["quick"][0] == "done")
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
     assert table()["slow"] == ["running", "", ""]
     kernel = int((tmp_path / "slow.txt").read_text())
     wait_for(lambda: not is_alive(kernel), 20)

@@ -1,0 +1,88 @@
+"""Every mistake in a configuration is named, and what is right survives a trip through JSON."""
+
+import ast
+import inspect
+import json
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+from mtxlib import config as module
+from mtxlib.config import CHOICES, PARTS, PRESETS, Config, TrainConfig, flat_names, typed
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"beta_mx": 1.0}, r"unknown parameter 'beta_mx'; did you mean 'beta_max'\?"),
+    ({"preset": "tiny", "Steps": 3}, r"unknown parameter 'Steps'; did you mean 'steps'\?"),
+    ({"qqqqqq": 1}, r"unknown parameter 'qqqqqq'$"),
+    ({"preset": "tinny"}, r"unknown preset 'tinny'; did you mean 'tiny'\?.*expected one of"),
+    ({"steps": 10.0}, "'steps': expected int, got 10.0"), ({"steps": "10"}, "'steps': expected int, got '10'"),
+    ({"steps": True}, "'steps': expected int, got True"), ({"lr": "1e-3"}, "'lr': expected float, got '1e-3'"),
+    ({"compile": 1}, "'compile': expected bool, got 1"), ({"source": None}, "'source': expected str, got None"),
+    ({"bottleneck": "row"}, "'bottleneck': expected one of conv, .*, got 'row'"),
+    ({"rows_per_bar": 3}, "'rows_per_bar': expected one of 1, 2, 4, got 3"),
+    ({"lr": 0.0}, "'lr': expected more than 0"), ({"n_bars": -4}, "'n_bars': expected more than 0, got -4"),
+    ({"dec_token_dropout": 1.0}, r"'dec_token_dropout': expected a share in \[0, 1\), got 1.0"),
+    ({"ema": -0.1}, "'ema': expected a share"),
+    ({"d_model": 36, "n_heads": 4}, "'d_model': expected a multiple of 2 .* = 8, got 36"),
+    ({"conv_stride": 6}, "'conv_stride': expected a power of two, got 6"),
+    ({"batch_size": 9, "accumulate": 2}, "'accumulate': expected a divisor of batch_size 9, got 2")])
+def test_mistakes_are_refused_by_name(values, message):
+    with pytest.raises(ValueError, match=message):
+        Config.from_flat(values)
+
+
+def test_a_whole_number_is_welcome_for_a_float():
+    config = Config.from_flat({"beta_max": 2})
+    assert config.train.beta_max == 2.0 and type(config.train.beta_max) is float
+
+
+def test_names_are_unique_and_defaults_have_their_type():
+    names = [f.name for part in PARTS for f in fields(part)]
+    assert len(set(names)) == len(names) and set(names) == flat_names() and set(CHOICES) <= flat_names()
+    assert all(typed(f, f.default) == f.default for part in PARTS for f in fields(part))
+    assert Config() == Config.from_flat({}) == Config.from_flat(Config().flat())
+
+
+def test_every_field_has_its_comment():
+    lines = inspect.getsource(module).splitlines()
+    classes = [node for node in ast.parse("\n".join(lines)).body
+               if isinstance(node, ast.ClassDef) and node.name in {part.__name__ for part in PARTS}]
+    assert len(classes) == 3
+    for node in (field for cls in classes for field in cls.body):
+        assert isinstance(node, ast.AnnAssign)
+        comment = lines[node.end_lineno - 1][node.end_col_offset:].partition("#")[2]
+        assert len(comment.split()) >= 2, f"{node.target.id} needs a comment"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_build(name):
+    config = Config.from_flat({"preset": name})
+    assert {k: config.flat()[k] for k in PRESETS[name]} == PRESETS[name]
+    assert Config.from_flat({"preset": name, "steps": 7}).train.steps == 7, "a parameter overrides its preset"
+
+
+def test_json_round_trip(tmp_path):
+    path = tmp_path / "config.json"
+    config = Config.from_flat({"preset": "tiny", "source": "bach+jsfakes", "lr": 3e-4, "tie_weights": False})
+    path.write_text(json.dumps(config.to_dict()))
+    assert Config.load(path) == config != Config.from_flat({"preset": "tiny"})
+
+
+@pytest.mark.parametrize("text", ['{"data": {}', "[1]", '{"data": 3}', "", '{"model": {"dmodel": 8}}', '{"x": {}}'])
+def test_files_that_are_no_config_are_refused(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="is not a config|unknown section|unknown parameter 'dmodel'; did you mean"):
+        Config.load(path)
+
+
+def test_a_config_is_frozen_and_replace_copies():
+    config = Config()
+    with pytest.raises(FrozenInstanceError):
+        config.train.steps = 5
+    changed = config.replace(steps=5, d_model=64)
+    different = {k for k, v in changed.flat().items() if config.flat()[k] != v}
+    assert different == {"steps", "d_model"} and changed.train == TrainConfig(steps=5)
+    with pytest.raises(ValueError, match="unknown parameter 'step'"):
+        config.replace(step=5)
