@@ -17,7 +17,7 @@ class DataConfig:
     data_dir: str = "data"  # where corpora and token stores are cached
     limit: int = 0  # read only the first pieces of each source; 0 reads all
     tokenizer: str = "REMI"  # MidiTok tokenizer: REMI, TSD or MMM
-    bpe_vocab: int = 0  # vocabulary size after BPE, learned on the training split; 0 uses no BPE
+    bpe_vocab: int = 600  # vocabulary size after BPE, learned on the training split; 0 uses no BPE
     n_bars: int = 4  # bars a window
     hop: int = 1  # bars between the starts of two training windows
     transpose: bool = True  # store the training windows in twelve keys, -5 to +6 semitones
@@ -33,7 +33,7 @@ class ModelConfig:
     dropout: float = 0.0  # dropout inside the blocks (token dropout is a training setting)
     tie_weights: bool = True  # the output layer shares the decoder's embedding
     bottleneck: str = "rows"  # conv, linear1d, linear2d, rows or none
-    variational: bool = True  # False: a plain autoencoder, z = mu and no KL
+    variational: bool = True  # False: a plain autoencoder, z is mu and there is no KL
     rows_per_bar: int = 4  # rows bottleneck: latent rows a bar (1 bar, 2 half bars, 4 beats)
     latent_channels: int = 16  # C, channels of a latent row
     conv_stride: int = 8  # conv bottleneck: tokens a latent row, a power of two
@@ -46,14 +46,14 @@ class TrainConfig:
     steps: int = 1000  # optimiser steps
     batch_size: int = 32  # windows a step
     accumulate: int = 1  # micro-batches a step; batch_size is their sum
-    lr: float = 1e-3  # peak learning rate
+    lr: float = 3e-3  # peak learning rate
     lr_warmup: int = 100  # steps of linear learning-rate warm-up, before the cosine
     weight_decay: float = 0.01  # AdamW decay, on matrices only
     grad_clip: float = 1.0  # largest gradient norm
     recon_scale: str = "sequence"  # sequence: the ELBO; token: the classic mistake, kept to be shown
     beta_schedule: str = "linear"  # constant, linear or cyclical
-    beta_max: float = 1.0  # weight of the KL at the end of the warm-up
-    beta_warmup: int = 500  # steps of linear ramp (linear) or of one cycle (cyclical)
+    beta_max: float = 0.3  # weight of the KL at the end of the warm-up
+    beta_warmup: int = 800  # steps of linear ramp (linear) or of one cycle (cyclical)
     free_bits: float = 0.0  # nats per latent dimension that cost nothing
     target_rate: float = 0.0  # nats per window to hold the KL at, by |KL - C|; 0 turns it off
     target_start: float = 0.0  # target rate at step 0, lowered linearly over beta_warmup; 0 starts at target_rate
@@ -131,6 +131,10 @@ class Config:
         """A copy with some dials changed, by their flat names."""
         return Config.from_flat({**self.flat(), **values})
 
+
+PAD, BOS, EOS, MASK = 0, 1, 2, 3  # ids of the special tokens, the same in every tokenizer
+N_SPECIAL = 4
+SLOTS_PER_BAR = 16  # sixteenths, the grid on which tokens are placed
 
 PARTS = (DataConfig, ModelConfig, TrainConfig)
 

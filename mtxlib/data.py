@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PAD, BOS, EOS, MASK = 0, 1, 2, 3  # ids of the special tokens, the same in every tokenizer
-N_SPECIAL = 4
-SLOTS_PER_BAR = 16
+from .config import EOS, MASK, N_SPECIAL, PAD, SLOTS_PER_BAR
+
 SPLITS = ("train", "valid", "test")
 # Whence a window comes: the number of its piece, its first bar, semitones of transposition, the number of its split.
 WINDOW = np.dtype([("piece", np.int32), ("bar", np.int32), ("shift", np.int8), ("split", np.int8)])

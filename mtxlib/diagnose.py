@@ -12,8 +12,8 @@ import torch
 from symusic import Score
 from torch import Tensor
 
-from .config import Config
-from .data import EOS, Windows, pad_sequences
+from .config import EOS, Config
+from .data import Windows, pad_sequences
 from .generate import decode, prior_latents
 from .measure import Measured, measure
 from .model import MusicVAE

@@ -7,7 +7,8 @@ window the next token stands, so decoding needs no tokenizer.
 import torch
 from torch import Tensor
 
-from .data import BOS, EOS, N_SPECIAL, Grammar, SlotTable
+from .config import BOS, EOS, N_SPECIAL
+from .data import Grammar, SlotTable
 from .model import MusicVAE
 
 

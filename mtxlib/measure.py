@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import PAD, Windows
+from .config import PAD
+from .data import Windows
 from .losses import kl_per_dim, reconstruction
 from .model import MusicVAE, Posterior
 

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ModelConfig
-from .data import PAD, SLOTS_PER_BAR
+from .config import PAD, SLOTS_PER_BAR, ModelConfig
 from .layers import Cache, DecoderBlock, EncoderBlock, attend, split_heads
 
 LOGVAR_RANGE = (-8.0, 4.0)  # keeps exp(logvar) sane in bf16; a posterior this narrow costs 3.5 nats a dimension

@@ -2,9 +2,10 @@
 
 Every function takes a `symusic.Score` in ticks and leaves it as it was. What is unusual:
 - The four choral voices are known by their programs (VOICES), so they keep name, colour and order however the tracks
-  are sorted, and they sound as an organ: the soundfont's choir pads take up to half a second to speak.
+  are sorted.
 - Notation works on the 16th grid. Notes are cut here, at bars and beats: music21 cuts at bars only.
-- symusic's synthesizer knows no velocity and stops each note dead; a short room is added after it.
+- symusic's synthesizer plays most programs of the soundfont out of tune, by up to two octaves (its issue 55), and hangs
+  or crashes on some, so all voices sound as one program that was measured; it stops notes dead, so a room is added.
 music21, verovio and soundfile are imported where they are used: music21 alone takes a second.
 """
 
@@ -24,8 +25,9 @@ from IPython.display import SVG, Audio
 VOICES = {52: "Soprano", 53: "Alto", 54: "Tenor", 42: "Bass"}  # program of each choral voice, from the top
 PALETTE = [sns.color_palette("colorblind")[i] for i in (0, 1, 2, 4, 3, 5, 6, 7, 8, 9)]  # four that differ first
 GAP = 0.06  # quarters left free after a rectangle of the piano roll
-ORGAN = 19  # program that sounds the choral voices: speaks within 20 ms, holds, and is even from bass to soprano
+PIANO = 5  # electric piano: in tune from C2 to C6, speaks at once, holds its level
 RATE = 22050  # samples a second
+OVERSAMPLING = 4  # the synthesizer rounds loops to samples: at 88 kHz C2 to C6 lie within 10 cents, at 22 kHz within 40
 ROOM = 1.0  # seconds in which the echo falls by 60 dB; the sound ends this long after the last note
 
 
@@ -165,14 +167,15 @@ def _split(at: int, length: int, metre: tuple[int, int]):
         at, length = at + part, length - part
 
 
-def _spell(pitch: int, fifths: int) -> str:
-    """music21's name for a MIDI pitch: of the twelve names from two fifths below the scale of the key to four above it.
+def _spell(pitch: int, fifths: int) -> dict:
+    """Step, accidental and octave of a MIDI pitch, as music21 takes them.
 
-    Given the key music21 finds, this names 99.95 % of the 12,984 notes of 56 chorales of its corpus as printed.
+    The twelve names are those from two fifths below the scale of the key to four above it. Given the key music21 finds,
+    this names 99.95 % of the 12,984 notes of 56 chorales of its corpus as printed.
     """
     place = fifths - 2 + (7 * pitch - fifths + 2) % 12  # on the line of fifths, C = 0
-    letter, alter = "FCGDAEB"[(place + 1) % 7], (place + 1) // 7
-    return letter + ("#" * alter or "-" * -alter) + str((pitch - alter) // 12 - 1)
+    alter = (place + 1) // 7
+    return {"step": "FCGDAEB"[(place + 1) % 7], "accidental": alter, "octave": (pitch - alter) // 12 - 1}
 
 
 def _fill(line, bar, make):
@@ -194,15 +197,12 @@ def _fill(line, bar, make):
 
 def _accidentals(measure, signature) -> None:
     """Print an accidental where a pitch departs from the key, or from the last note on its line in this bar."""
-    from music21 import pitch
-
     seen = {}
     for n in sorted(measure.recurse().notes, key=lambda n: n.offset):
         tied = n.tie is not None and n.tie.type != "start"
         for p in n.pitches:
             usual = signature.accidentalByStep(p.step)
             before = seen.get((p.step, p.octave), usual.alter if usual else 0)
-            p.accidental = p.accidental or pitch.Accidental("natural")
             p.accidental.displayStatus = not tied and p.alter != before
             if not tied:
                 seen[p.step, p.octave] = p.alter
@@ -210,13 +210,13 @@ def _accidentals(measure, signature) -> None:
 
 def _part(names, drums, lines, bars, fifths):
     """One staff as a music21 part, bar by bar."""
-    from music21 import chord, clef, key, meter, note, percussion, stream
+    from music21 import chord, clef, key, meter, note, percussion, pitch, stream
 
     def make(pitches):
         if drums:  # shifted so that the bass drum lies in the lowest space
-            heads = [note.Unpitched(displayName=_spell(p + 29, 0).replace("#", "").replace("-", "")) for p in pitches]
+            heads = [note.Unpitched("{step}{octave}".format(**_spell(p + 29, 0))) for p in pitches]
             return percussion.PercussionChord(heads) if len(heads) > 1 else heads[0]
-        heads = [note.Note(_spell(p, fifths)) for p in pitches]
+        heads = [note.Note(pitch.Pitch(**_spell(p, fifths))) for p in pitches]
         return chord.Chord(heads) if len(heads) > 1 else heads[0]
 
     mean = np.mean([p for line in lines for c in line for p in c[2]] or [60])
@@ -281,7 +281,10 @@ def _engraver():
 
 
 def notation(score) -> str:
-    """The score as one SVG image, 945 pixels wide at most: two staves for four voices, else one staff a track."""
+    """The score as one SVG image 945 pixels wide: two staves for four voices, else one staff a track.
+
+    The page ends after 27,000 pixels, some 500 bars of a chorale: cut longer music into pieces.
+    """
     engraver = _engraver()
     engraver.loadData(musicxml(score))
     return engraver.renderToSVG(1)
@@ -294,55 +297,53 @@ def show_notation(score) -> SVG:
 @cache
 def _synthesizer():
     folder = importlib.util.find_spec("pretty_midi").submodule_search_locations[0]  # found, not imported
-    return symusic.Synthesizer(Path(folder) / "TimGM6mb.sf2", RATE, 4)
+    return symusic.Synthesizer(Path(folder) / "TimGM6mb.sf2", OVERSAMPLING * RATE, 4)
 
 
 def waveform(score) -> tuple[np.ndarray, int]:
     """(samples, rate): the score as float32 mono, peak 0.9, ending ROOM seconds after the last note.
 
-    A score without notes gives a second of silence.
+    Every pitched track sounds as the same electric piano, velocities are ignored, notes above C8 are silent. A score
+    without notes gives a second of silence.
     """
     if not any(t.notes for t in score.tracks):
         return np.zeros(RATE, np.float32), RATE
-    if _is_choral(score):
-        score = score.copy()
-        for track in score.tracks:
-            track.program = ORGAN
+    score = score.copy()
+    for track in score.tracks:
+        track.program = 0 if track.is_drum else PIANO
     dry = _synthesizer().render(score, stereo=False)[0]
     time = np.arange(int(ROOM * RATE)) / RATE
-    room = np.random.default_rng(0).standard_normal(len(time)) * 10 ** (-3 * time / ROOM)
+    room = np.random.default_rng(0).standard_normal(len(time)) * 10 ** (-3 * time / ROOM)  # decaying noise
     room *= 0.3 / np.linalg.norm(room)
     room[0] += 1
-    length = len(dry) + len(room) - 1
+    length = len(dry) // OVERSAMPLING + len(room)
     size = 1 << length.bit_length()
-    spectrum = np.fft.rfft(dry, size) * np.fft.rfft(room, size)
-    spectrum[:25 * size // RATE] = 0  # the organ's samples are off centre
-    wet = np.fft.irfft(spectrum)[:length]
-    return (0.9 / np.abs(wet).max() * wet).astype(np.float32), RATE
+    spectrum = np.fft.rfft(dry, OVERSAMPLING * size)[:size // 2 + 1]  # the lower part of the band: back to RATE
+    wet = np.fft.irfft(spectrum * np.fft.rfft(room, size))[:length]
+    return (0.9 / (np.abs(wet).max() or 1) * wet).astype(np.float32), RATE
 
 
-def _ogg(score) -> bytes:
+def _ogg(samples: np.ndarray, rate: int) -> bytes:
     import soundfile
 
-    samples, rate = waveform(score)
     buffer = io.BytesIO()
     with soundfile.SoundFile(buffer, "w", rate, 1, format="OGG", subtype="VORBIS") as file:
-        for i in range(0, len(samples), rate):  # the Vorbis encoder of libsndfile 1.2 crashes on long writes
+        for i in range(0, len(samples), rate):  # libsndfile's Vorbis encoder crashes on a single write of two minutes
             file.write(samples[i:i + rate])
     return buffer.getvalue()
 
 
 def save_ogg(score, path: str | Path) -> Path:
-    """Write the sound of the score as OGG Vorbis, atomically."""
+    """Write the sound of the score as OGG Vorbis, about 6 KB a second; atomic."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    part.write_bytes(_ogg(score))
+    part.write_bytes(_ogg(*waveform(score)))
     os.replace(part, path)
     return path
 
 
 def audio(score) -> Audio:
-    """A player with the sound inside the notebook, as OGG: about 6 KB a second."""
-    player = Audio(_ogg(score))
+    """A player with the sound inside the notebook."""
+    player = Audio(_ogg(*waveform(score)))
     player.mimetype = "audio/ogg"
     return player

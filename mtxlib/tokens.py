@@ -21,9 +21,9 @@ from miditok import MusicTokenizer, TokenizerConfig, TokSequence
 from symusic import Score
 from tqdm.auto import tqdm
 
-from .config import Config
+from .config import BOS, EOS, N_SPECIAL, Config
 from .corpus import METRES, TEMPO, TPQ, VOICES, Piece
-from .data import BOS, EOS, N_SPECIAL, SPLITS, Grammar, SlotTable, TokenStore, Windows, pad_sequences, write_store
+from .data import SPLITS, Grammar, SlotTable, TokenStore, Windows, pad_sequences, write_store
 
 PITCHES = (21, 109)  # the piano's range; the upper end is excluded
 LONGEST_NOTE = 16  # quarters
@@ -50,7 +50,7 @@ def load_tokenizer(path: str | Path) -> MusicTokenizer:
     """The tokenizer that `tokenizer.save` wrote; its class is named in the file. Raises ValueError if it is not one."""
     try:
         name = json.loads(Path(path).read_text())["tokenization"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as e:
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: expected a tokenizer saved by MidiTok, got something else ({e})") from e
     return getattr(miditok, name)(params=path)
 
@@ -241,7 +241,7 @@ _NOTE = {"Pitch": "Duration", "PitchDrum": "Duration", "PAD": "", "MASK": ""}
 FOLLOWS = {
     "REMI": {"BOS": "Bar", "Bar": "TimeSig", "TimeSig": "Position Bar EOS", "Position": "Program",
              "Program": "Pitch PitchDrum", "Duration": "Program Position Bar EOS", "EOS": "EOS", **_NOTE},
-    "TSD": {"BOS": "TimeSig", "TimeSig": "Program TimeShift", "TimeShift": "Program TimeShift TimeSig",
+    "TSD": {"BOS": "TimeSig", "TimeSig": "Program TimeShift EOS", "TimeShift": "Program TimeShift TimeSig",
             "Program": "Pitch PitchDrum", "Duration": "Program TimeShift EOS", "EOS": "EOS", **_NOTE},
     "MMM": {"BOS": "Track_Start", "Track_Start": "Program", "Program": "Bar", "Bar": "TimeSig",
             "TimeSig": "Position Bar Track_End", "Position": "Pitch PitchDrum",

@@ -24,8 +24,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from .config import Config, TrainConfig
-from .data import PAD, Batch, TokenDropout, TokenStore, epoch_batches
+from .config import PAD, Config, TrainConfig
+from .data import Batch, TokenDropout, TokenStore, epoch_batches
 from .files import atomic, atomic_text
 from .losses import Terms, beta_at, kl_per_dim, lr_at, objective, rate_at, reconstruction
 from .measure import Measured, measure
@@ -123,10 +123,10 @@ class Trainer:
     def run(self) -> Path:
         self.resume()
         log, wandb_run = self.run_dir / "metrics.jsonl", start_wandb(self.config, self.run_dir)
-        bar = tqdm(total=self.c.steps, initial=self.step, desc="training", unit="step", mininterval=1.0)
         n_tokens, began = 0, time.perf_counter()
         batches = self.batches()
-        with interrupted() as stop:
+        with interrupted() as stop, tqdm(total=self.c.steps, initial=self.step, desc="training", unit="step",
+                                         mininterval=1.0) as bar:
             while self.step < self.c.steps and not stop.is_set and not self.is_stuck():
                 batch = next(batches)
                 values = self.update(batch)
@@ -147,7 +147,6 @@ class Trainer:
                     self.save_state()  # after its lines: those that a checkpoint lacks are dropped on resume
                     self.on_validate()
                     began = time.perf_counter()
-        bar.close()
         if stop.is_set:
             self.means()  # weights that are no numbers must not replace the last good checkpoint
             self.save_state()

@@ -31,6 +31,7 @@ from traitlets import Float, default
 
 from mtxlib import ROOT
 from mtxlib.config import PRESETS, Config, flat_names, nearest, preset_values
+from mtxlib.files import atomic_text
 
 NOTEBOOKS = ROOT / "notebooks"
 KERNEL_OPTIONS = [
@@ -83,12 +84,6 @@ class Stream(io.TextIOBase):
             if not line.startswith("\r") or time.monotonic() > self.next_bar:
                 self.next_bar = time.monotonic() + 15 if line.startswith("\r") else self.next_bar
                 sys.stderr.write(line.rstrip("\r").rpartition("\r")[2] + "\n")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def shown(path: Path) -> str:
@@ -217,7 +212,7 @@ def run_notebooks(names: list[str], out: Path, preset: str = "quick", given: dic
                 key, start = digest(notebook, passed, out), time.time()
                 execute(notebook, passed, out / notebook.name)
                 record = {"digest": key, "seconds": time.time() - start, "finished": time.time()}
-                write_atomic(done_file(notebook, out), json.dumps(record))
+                atomic_text(done_file(notebook, out), json.dumps(record))
                 print(f"{notebook.stem:<32}{record['seconds']:6.0f} s", flush=True)
 
 
@@ -383,7 +378,7 @@ def show_table(rows: dict[str, dict], out: Path, changed: list[str]) -> None:
     if changed:
         out.mkdir(parents=True, exist_ok=True)
         table = pandas.DataFrame(rows.values())
-        write_atomic(out / "table.csv", table.to_csv(index=False))
+        atomic_text(out / "table.csv", table.to_csv(index=False))
         table = table.set_index("run")[["state", "seconds", *(key for key in FIGURES if key in table)]]
         if sys.stdout.isatty() or len(changed) == len(rows):
             text = table.to_string(na_rep="", float_format="%.3f", index_names=False)

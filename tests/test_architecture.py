@@ -10,7 +10,7 @@ import pytest
 import mtxlib
 
 FLOORS = (
-    ("config", "layers", "losses"),
+    ("config", "files", "layers", "losses"),
     ("corpus", "data", "model"),
     ("tokens", "generate", "measure"),
     ("diagnose", "train", "show"),
@@ -18,7 +18,7 @@ FLOORS = (
     ("morph", "workbook"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-CORE = ("config", "layers", "losses", "data", "model", "measure", "train")
+CORE = ("config", "files", "layers", "losses", "data", "model", "measure", "train")
 CORE_MAY_IMPORT = {"mtxlib", "torch", "numpy", "safetensors", "tqdm", *sys.stdlib_module_names}
 LAZY = {("train", "wandb")}  # imported inside a function, and only if asked for
 FILES = sorted(Path(mtxlib.__file__).parent.glob("*.py"))

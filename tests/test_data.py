@@ -6,20 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mtxlib.data import (
-    BOS,
-    EOS,
-    MASK,
-    N_SPECIAL,
-    PAD,
-    SLOTS_PER_BAR,
-    SlotTable,
-    TokenDropout,
-    TokenStore,
-    Windows,
-    epoch_batches,
-    write_store,
-)
+from mtxlib.config import BOS, EOS, MASK, N_SPECIAL, PAD, SLOTS_PER_BAR
+from mtxlib.data import SlotTable, TokenDropout, TokenStore, Windows, epoch_batches, write_store
 
 # -- batches --------------------------------------------------------------------------------------------------------
 
@@ -117,23 +105,29 @@ def test_what_is_missing_or_misspelt_is_named(tmp_path):
 
 # -- slots ----------------------------------------------------------------------------------------------------------
 
-def test_slots_of_a_window_written_by_hand():
-    rows = [[0, 0, -1, 0, 0, 0]] * 4 + [
-        [0, 1, 0, 0, 0, 0],    # 4: a bar
-        [0, 0, 4, 0, 0, 0],    # 5: position 4
-        [0, 0, 0, 1, 24, 0],   # 6: 6/8 and position 0
-        [0, 0, 20, 0, 0, 0],   # 7: position 20
-        [1, 0, 0, 0, 0, 0],    # 8: a new voice
-        [0, 1, 6, 2, 32, 0],   # 9: a bar in 4/4 and position 6, merged by BPE
-        [0, 0, -1, 0, 0, 0]]   # 10: a note
-    table = SlotTable(rows, n_bars=2)
-    ids = [BOS, 4, 5, 10, 4, 6, 10, 5, 7, 10, 8, 10, 9, 10, 7, 4, 4, 4, EOS]
-    slots = [0, 0, 4, 4, 16, 16, 16, 18, 26, 26, 0, 0, 6, 6, 15, 16, 31, 31, 31]
-    del ids[-2:], slots[-2:]
-    ids, slots = [*ids, 4, 7], [*slots, 31, 31]
-    # the second bar past the window's end stays on its last slot
-    got = table.slots(torch.tensor([ids]))[0].tolist()
-    assert got[:16] == slots[:16] and max(got) <= 31
+ROWS = [[0, 0, -1, 0, 0, 0]] * 4 + [  # the special tokens, then:
+    [0, 1, 0, 0, 0, 0],    # 4: a bar
+    [0, 0, 4, 0, 0, 0],    # 5: position 4
+    [0, 0, 0, 1, 24, 0],   # 6: 6/8 and position 0
+    [0, 0, 20, 0, 0, 0],   # 7: position 20
+    [1, 0, 0, 0, 0, 0],    # 8: a new voice
+    [0, 1, 6, 2, 32, 0],   # 9: a bar in 4/4 and position 6, merged by BPE
+    [0, 0, -1, 0, 0, 0],   # 10: a note
+    [0, 0, -1, 2, 24, 0],  # 11: 3/4
+    [0, 0, -1, 0, 0, 6],   # 12: time moves on by six
+    [0, 0, -1, 1, 24, 6]]  # 13: the same in the metre before, then 6/8
+
+
+@pytest.mark.parametrize("steps", [
+    # bars and positions; a position of 6/8 is a 32nd; what comes after the window's last slot stays on it
+    [(BOS, 0), (4, 0), (5, 4), (10, 4), (4, 16), (6, 16), (10, 16), (5, 18), (7, 26), (8, 0), (10, 0), (9, 6), (4, 16),
+     (4, 31), (7, 31), (EOS, 31)],
+    # time shifts: two of six sixteenths are a bar of 3/4, four of six 32nds one of 6/8
+    [(BOS, 0), (11, 0), (10, 0), (12, 6), (10, 6), (12, 16), (12, 22), (13, 31)],
+    [(BOS, 0), (11, 0), (12, 6), (13, 16), (10, 16), (12, 19), (12, 22), (12, 25), (12, 31), (EOS, 31)]])
+def test_slots_of_windows_written_by_hand(steps):
+    ids, slots = zip(*steps, strict=True)
+    assert SlotTable(ROWS, n_bars=2).slots(torch.tensor([ids])).tolist() == [list(slots)]
 
 
 def expected_slots(score, n_bars):
