@@ -78,13 +78,14 @@ class Grammar:
         self.follows, self.fresh, self.table = torch.as_tensor(follows), torch.tensor(fresh), table
 
     def allows(self, previous: Tensor, clock: Tensor) -> Tensor:
-        """Ids that may follow `previous` (B,) when the clock (B, 4) has read it: (B, V), one of them at least."""
-        bar, position = clock[:, :1], clock[:, 1:2]
+        """Ids that may follow `previous` (B,) when the clock (B, 5) has read it: (B, V), one of them at least."""
+        bar, position, unit, length, _ = clock[..., None].unbind(1)
         kind = self.last[previous]
         may_follow = self.follows[kind][:, self.first]
         is_ahead = (self.position < 0) | (self.position > position) | torch.isin(kind, self.fresh)[:, None]
         resets, bars = self.table.rows[:, 0], self.table.rows[:, 1]
         is_within = torch.where(resets > 0, bars, bar + bars) <= self.table.n_slots // SLOTS_PER_BAR
+        is_within &= self.position * unit < length
         allowed = may_follow & is_ahead & is_within
         allowed[:, EOS] |= ~allowed.any(1)
         return allowed

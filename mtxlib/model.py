@@ -328,8 +328,8 @@ class MusicVAE(nn.Module):
 
     def rows_at(self, z: Tensor, slots: Tensor, start: int) -> Tensor:
         """Each token's own row of z and the next, zeros after the last: (B, T, 2C)."""
-        row = self.bottleneck.row_of(slots, start).clamp(max=z.shape[1] - 1)
-        z = F.pad(z, (0, 0, 0, 1))
+        row = self.bottleneck.row_of(slots, start).clamp(max=z.shape[1])
+        z = F.pad(z, (0, 0, 0, 2))
         own, following = (z.gather(1, r[..., None].expand(-1, -1, z.shape[2])) for r in (row, row + 1))
         return torch.cat([own, following], dim=-1)
 

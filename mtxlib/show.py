@@ -11,7 +11,6 @@ music21, verovio and soundfile are imported where they are used: music21 alone t
 
 import importlib.util
 import io
-import os
 from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,6 +20,8 @@ import numpy as np
 import seaborn as sns
 import symusic
 from IPython.display import SVG, Audio
+
+from mtxlib.files import atomic
 
 VOICES = {52: "Soprano", 53: "Alto", 54: "Tenor", 42: "Bass"}  # program of each choral voice, from the top
 PALETTE = [sns.color_palette("colorblind")[i] for i in (0, 1, 2, 4, 3, 5, 6, 7, 8, 9)]  # four that differ first
@@ -335,11 +336,9 @@ def _ogg(samples: np.ndarray, rate: int) -> bytes:
 
 def save_ogg(score, path: str | Path) -> Path:
     """Write the sound of the score as OGG Vorbis, about 6 KB a second; atomic."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(_ogg(*waveform(score)))
-    os.replace(part, path)
-    return path
+    data = _ogg(*waveform(score))
+    atomic(path, lambda p: p.write_bytes(data))
+    return Path(path)
 
 
 def audio(score) -> Audio:

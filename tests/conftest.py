@@ -56,9 +56,10 @@ def music(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def config(music):
-    """The configuration without its store."""
-    return Config.from_flat({"preset": "tiny", "source": "folder", "archive": str(music), "hop": 2,
-                             "data_dir": str(music.parent / "data")})
+    """The configuration without its store. What tests rely on is named here, so that defaults may change."""
+    return Config.from_flat({"preset": "tiny", "source": "folder", "archive": str(music), "hop": 2, "bpe_vocab": 0,
+                             "data_dir": str(music.parent / "data"), "lr": 1e-3, "beta_max": 1.0, "beta_warmup": 6,
+                             "steps": 12, "batch_size": 8, "eval_every": 6, "dec_token_dropout": 0.3, "wandb": "off"})
 
 
 @pytest.fixture(scope="session")

@@ -248,7 +248,10 @@ def test_what_the_grammar_allows_are_whole_notes_within_the_window(codec, bpe, p
             allowed = codec.grammar.allows(torch.tensor(ids[-1:]), clock)[0]
             assert allowed.any() and not allowed[[0, 1, 3]].any()
             ids.append(int(torch.multinomial(allowed.double(), 1, generator=g)))
-        kinds = Counter(codec.names[i].split("_")[0] for i in codec.expand(ids))
+        names, score = [codec.names[i] for i in codec.expand(ids)], codec.decode(ids)
+        kinds, lines = Counter(name.split("_")[0] for name in names), bar_starts(score)
+        assert all(n.start < [*lines, lines[-1]][4 if len(lines) > 4 else -1] or len(lines) <= 4
+                   for t in score.tracks for n in t.notes)
         assert kinds["Bar"] <= 4 * max(1, kinds["Track"] // 2 + 1) and kinds["Pitch"] + kinds["PitchDrum"] - kinds["Duration"] in (0, 1)
 
 

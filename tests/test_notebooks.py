@@ -1,0 +1,102 @@
+"""Every notebook as a person would run it: headless, in order, on a small corpus, and the slider of 06 by its kernel."""
+
+import json
+import re
+from dataclasses import fields
+
+import nbformat
+import pytest
+import symusic
+
+import mtxlib
+from mtxlib import load_run, workbook
+from mtxlib.config import PARTS
+from mtxlib.diagnose import note_counts
+
+NOTEBOOKS = sorted((mtxlib.ROOT / "notebooks").glob("0*.ipynb"))
+DEFAULTS = {f.name: f.default for part in PARTS for f in fields(part)}
+KEYS = {"recon_nats", "rate_nats", "recon_per_token", "nats_per_grid_note", "kl_per_dim", "active_units",
+        "mutual_information", "ln_n", "delta_nll_shuffled", "delta_nll_prior", "gain_over_floor", "note_f1",
+        "duration_accuracy", "exact_windows", "retrieval_at_1", "prior_wellformed", "n_windows", "verdict", "advice"}
+MOVE_SLIDER = """
+before = picture.outputs
+slider.value = slider_steps // 2
+assert picture.outputs != before, "the picture stayed the same"
+kinds = [kind for output in picture.outputs for kind in output["data"]]
+assert "image/png" in kinds and "text/html" in kinds, kinds
+print("moved to", slider.label)
+"""
+
+
+@pytest.fixture(scope="module")
+def executed(music, tmp_path_factory):
+    """The folder of a run of all notebooks; 06 has one cell more, which moves the slider."""
+    copies, out = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("outputs") / "tiny"
+    for path in NOTEBOOKS:
+        notebook = nbformat.read(path, 4)
+        if path.stem.startswith("06"):
+            notebook.cells.append(nbformat.v4.new_code_cell(MOVE_SLIDER))
+        nbformat.write(notebook, copies / path.name)
+    given = {"source": "folder", "archive": str(music), "data_dir": str(music.parent / "data"), "hop": "2",
+             "piece_a": "", "long_bars": "8", "samples": "3", "saved": "2"}
+    workbook.run_notebooks([], out, "tiny", given, copies)
+    return out
+
+
+def outputs(executed, number: str) -> str:
+    """All printed text of a notebook."""
+    [path] = executed.glob(f"{number}_*.ipynb")
+    return "\n".join(output.get("text", "") for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"
+                     for output in cell.outputs)
+
+
+@pytest.mark.parametrize("number", ["01", "02", "03", "04", "05", "06"])
+def test_each_notebook_runs_and_shows_something(executed, number):
+    [path] = executed.glob(f"{number}_*.ipynb")
+    shown = [kind for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"
+             for output in cell.outputs for kind in output.get("data", {})]
+    assert "image/png" in shown
+
+
+def test_the_run_folder_is_complete(executed, music):
+    assert {"config.json", "tokenizer.json", "metrics.jsonl", "model.safetensors", "state.pt",
+            "diagnosis.json"} <= {path.name for path in executed.iterdir()}
+    diagnosis = json.loads((executed / "diagnosis.json").read_text())
+    assert KEYS <= set(diagnosis) and diagnosis["verdict"] in ("healthy", "weak", "collapsed")
+    run = load_run(executed, "cpu")
+    [a] = run.decode(run.encode_windows(run.windows(music / "piece00.mid")[2][:1]))
+    assert note_counts(a) == note_counts(run.reconstruct(run.windows(music / "piece00.mid")[2][0]))
+
+
+def test_the_samples_are_midi_that_opens(executed):
+    names = {path.name for path in (executed / "samples").glob("*.mid")}
+    assert {"original_00.mid", "reconstruction_00.mid", "interpolation_00.mid", "prior_02.mid", "long_8_bars.mid"} <= names
+    for path in (executed / "samples").glob("*.mid"):
+        symusic.Score(path)
+
+
+def test_round_trip_is_lossless_in_the_notebook(executed):
+    assert re.search(r"\b0 of \d+ windows|\b0 lossy|lossy[^\n]*\b0\b", outputs(executed, "02"))
+
+
+def test_moving_the_slider_changes_roll_and_sound(executed):
+    assert "moved to 0.50" in outputs(executed, "06")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_committed_clean(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code), "commit notebooks without outputs"
+    assert not any(re.search(r"^class ", cell.source, re.MULTILINE) for cell in code), "classes belong in mtxlib"
+    first, last = notebook.cells[0], notebook.cells[-1]
+    assert first.source.startswith(f"# {path.stem[:2]} ") and "**The question.**" in first.source
+    assert last.cell_type == "markdown" and "## The answer" in last.source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_parameters_have_the_defaults_of_the_config(path):
+    declared = workbook.declared(path)
+    assert {name: value for name, value in declared.items() if name in DEFAULTS} == {
+        name: DEFAULTS[name] for name in declared if name in DEFAULTS}
