@@ -20,6 +20,7 @@ from .model import MusicVAE
 from .tokens import Codec, bar_starts
 
 ACTIVE = 0.01  # variance of the posterior mean above which a dimension is active (Burda 2016)
+IDLE = 0.05  # nats below which a dimension carries next to nothing, active or not
 HEALTHY = {"delta_nll_shuffled": 0.5, "active_units": 0.5}  # at least
 COLLAPSED = {"delta_nll_shuffled": 0.05, "active_units": 0.05}  # one of them below
 PRIOR_TEMPERATURE = 1.0
@@ -179,9 +180,12 @@ def advise(d: dict, m: Measured, config: Config) -> str:
     c, said = config.train, []
     if config.model.bottleneck == "none":
         return "There is no latent: this run is the floor the others are compared with."
-    n_dead = int((m.mean_variance() <= ACTIVE).sum())
-    said.append(f"{n_dead} of {m.mu[0].numel()} latent dimensions are dead ({dead_places(m)})." if n_dead else
-                "Every latent dimension is active.")
+    is_dead = m.mean_variance() <= ACTIVE
+    is_idle = (m.kl.mean(0) < IDLE) & ~is_dead
+    for what, which in (("dead", is_dead), (f"idle, below {IDLE} nats", is_idle)):
+        if which.any():
+            said.append(f"{int(which.sum())} of {which.numel()} latent dimensions are {what} ({places(which)}).")
+    said = said or ["Every latent dimension is active and carries something."]
     if d["verdict"] == "collapsed":
         said.append(remedy(c, config.model))
     elif d["verdict"] == "weak":
@@ -209,11 +213,10 @@ def remedy(c, model) -> str:
     return f"Press later and less: lengthen beta_warmup ({c.beta_warmup}), raise target_rate or dec_token_dropout."
 
 
-def dead_places(m: Measured) -> str:
-    """Where the dead dimensions lie: whole rows, whole channels, or spread."""
-    dead = m.mean_variance() <= ACTIVE
-    rows, channels = dead.all(1).nonzero()[:, 0].tolist(), dead.all(0).nonzero()[:, 0].tolist()
-    if dead.all():
+def places(which: Tensor) -> str:
+    """Where the dimensions marked in (S, C) lie: whole rows, whole channels, or spread."""
+    rows, channels = which.all(1).nonzero()[:, 0].tolist(), which.all(0).nonzero()[:, 0].tolist()
+    if which.all():
         return "all of them"
     said = [f"{name} {', '.join(map(str, which[:8]))}{' …' if len(which) > 8 else ''}"
             for name, which in (("rows", rows), ("channels", channels)) if which]

@@ -14,9 +14,9 @@ def atomic(path: str | Path, write: Callable[[Path], object]) -> None:
     path = Path(path)
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=path.suffix)
     os.close(fd)
-    os.chmod(name, 0o644)
     try:
         write(Path(name))
+        os.chmod(name, 0o644)  # mkstemp, and safetensors, let only the owner read
         os.replace(name, path)
     except Exception as e:  # on a full disk torch raises RuntimeError, safetensors its own
         raise OSError(f"could not write {path} ({e}); what was there before is unharmed: free some space and run the "

@@ -19,7 +19,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import symusic
+from IPython import get_ipython
 from IPython.display import SVG, Audio
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from mtxlib.files import atomic
 
@@ -35,6 +37,8 @@ ROOM = 1.0  # seconds in which the echo falls by 60 dB; the sound ends this long
 def set_style() -> None:
     """The look of every figure; a notebook calls it once."""
     sns.set_theme(style="ticks", palette=PALETTE, rc={"axes.spines.top": False, "axes.spines.right": False})
+    if get_ipython():  # music21 sets this when it is imported: here it holds for all figures from the start
+        set_matplotlib_formats("retina")
 
 
 def voice_colours(n: int) -> list[tuple[float, float, float]]:

@@ -19,7 +19,7 @@ METRES = {(4, 4): 16, (3, 4): 12, (6, 8): 12}  # metre: sixteenths a bar
 
 
 def four_voices(seed: int, metres: list[tuple[tuple[int, int], int]], spread: int = 7) -> Score:
-    """Four lines with rests, syncopations, long and repeated notes; metres: (metre, bars of it), one after the other."""
+    """Four lines with rests, syncopations, long and repeated notes; metres: (metre, bars of it) in their order."""
     r, score, bar_line = random.Random(seed), Score(480), 0
     for metre, bars in metres:
         score.time_signatures.append(TimeSignature(bar_line * SIXTEENTH, *metre))

@@ -11,13 +11,14 @@ from symusic import Score
 
 from mtxlib.config import BOS, EOS, Config
 from mtxlib.diagnose import (
+    ACTIVE,
     advise,
-    dead_places,
     diagnose,
     fidelity,
     is_wellformed,
     mean_sixteenths,
     mutual_information,
+    places,
     retrieval,
     verdict,
 )
@@ -301,17 +302,29 @@ def test_advice_names_the_remedy(numbers, dials, words):
     assert re.search(words, said), said
 
 
+def still(mu):
+    """Dimensions whose posterior mean does not move."""
+    return measured(mu).mean_variance() <= ACTIVE
+
+
 def test_dead_dimensions_are_named():
     mu = torch.randn(50, 4, 3)
     mu[:, 2] = 0.0
-    assert dead_places(measured(mu)) == "whole rows 2"
+    assert places(still(mu)) == "whole rows 2"
     mu[:, :, 1] = 1.0
-    assert dead_places(measured(mu)) == "whole rows 2; whole channels 1"
+    assert places(still(mu)) == "whole rows 2; whole channels 1"
     assert "6 of 12 latent dimensions are dead (whole rows 2; whole channels 1)" in advise(GOOD, measured(mu), Config())
-    assert dead_places(measured(torch.zeros(50, 4, 3))) == "all of them"
+    assert places(still(torch.zeros(50, 4, 3))) == "all of them"
     spread = torch.randn(50, 4, 3)
     spread[:, 0, 0] = spread[:, 1, 2] = 0.0
-    assert dead_places(measured(spread)) == "spread over rows and channels"
+    assert places(still(spread)) == "spread over rows and channels"
+
+
+def test_idle_dimensions_are_named():
+    mu = torch.randn(50, 4, 3)
+    mu[:, :, 0] *= 0.15  # active by its variance of 0.02, and worth about 0.01 nats
+    said = advise(GOOD, measured(mu, std=1.0), Config())
+    assert "4 of 12 latent dimensions are idle, below 0.05 nats (whole channels 0)" in said and "dead" not in said
 
 
 def test_a_bias_is_not_activity(config, store, codec, windows):

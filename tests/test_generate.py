@@ -11,7 +11,8 @@ from mtxlib.generate import choose, cut_after_eos, decode, prior_latents, slerp
 from mtxlib.model import MusicVAE
 from mtxlib.tokens import Codec, load_tokenizer
 
-KINDS = [("rows", "both"), ("rows", "cross"), ("conv", "in"), ("linear2d", "both"), ("linear1d", "both"), ("none", "both")]
+KINDS = [("rows", "both"), ("rows", "cross"), ("conv", "in"), ("linear2d", "both"), ("linear1d", "both"),
+         ("none", "both")]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def codec(store):
 
 
 def make(config, store, bottleneck="rows", condition="both"):
-    """Random weights, larger than at the start of training and untied, so that what is likely changes with each token."""
+    """Random weights, larger than in training and untied, so that what is likely changes with each token."""
     torch.manual_seed(4)
     model = MusicVAE(config.replace(bottleneck=bottleneck, condition=condition, tie_weights=False).model,
                      store.vocab_size, store.n_bars)
@@ -128,7 +129,8 @@ def test_cut_after_eos():
 
 # -- latents --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("bottleneck, rows", [("rows", 16), ("conv", 13), ("linear1d", 1), ("linear2d", 100), ("none", 0)])
+@pytest.mark.parametrize("bottleneck, rows", [("rows", 16), ("conv", 13), ("linear1d", 1), ("linear2d", 100),
+                                              ("none", 0)])
 def test_prior_latents(bottleneck, rows, config, store):
     model = make(config, store, bottleneck)
     z = prior_latents(model, 50, 100, seed=2)

@@ -73,7 +73,7 @@ def test_the_future_does_not_change_the_past(bottleneck, condition, batch):
         later_ids, later_slots = ids.clone(), slots.clone()
         later_ids[:, t:] = (ids[:, t:] + 5) % (V - N_SPECIAL) + N_SPECIAL
         later_slots[:, t:] = 31
-        a, b = model.decode(ids, slots, z, posterior.is_live), model.decode(later_ids, later_slots, z, posterior.is_live)
+        a, b = (model.decode(*x, z, posterior.is_live) for x in ((ids, slots), (later_ids, later_slots)))
         torch.testing.assert_close(a[:, :t], b[:, :t])
         assert (a[:, t] - b[:, t]).abs().max() > 1e-4, "the token itself does change what follows"
 

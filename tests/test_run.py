@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -66,7 +67,7 @@ def test_load_run_on_cpu_gives_the_weights_that_training_kept(run, run_dir, run_
     assert run.max_tokens >= store.lengths.max()
 
 
-def test_loading_a_run_leaves_the_random_state_of_no_importance(run_dir, by_metre):
+def test_loading_twice_gives_the_same(run_dir, by_metre):
     a, b = (load_run(run_dir, "cpu").encode([by_metre["4/4"].path]) for _ in range(2))
     assert torch.equal(a, b)
 
@@ -115,8 +116,8 @@ def write_foreign(kind, path, trap):
         path.write_bytes(buffer.getvalue())
 
 
-@pytest.mark.parametrize("kind", ["not ours", "marked by another", "other tensors", "half", "a few bytes", "empty", "text",
-                                  "pickle", "torch.save"])
+@pytest.mark.parametrize("kind", ["not ours", "marked by another", "other tensors", "half", "a few bytes", "empty",
+                                  "text", "pickle", "torch.save"])
 def test_weights_that_are_not_a_runs_are_refused_by_name(kind, run_dir, tmp_path):
     folder = shutil.copytree(run_dir, tmp_path / "run")
     write_foreign(kind, folder / "model.safetensors", tmp_path / "trap")
@@ -188,7 +189,6 @@ def test_decoding_does_not_depend_on_how_many_go_at_once(run, monkeypatch):
     together = [notes(s) for s in run.decode(z)]
     monkeypatch.setattr("mtxlib.run.BATCH", 2)
     assert [notes(s) for s in run.decode(z)] == together
-    assert len(run.encode_windows(run.windows(run.pieces("train")[0].path)[2])) >= 1
 
 
 # -- whole pieces ---------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def test_voices_the_tokenizer_does_not_know_are_refused(run, tmp_path):
     for program in (0, 7):
         score.tracks.append(Track("", program, False))
         score.tracks[-1].notes.append(Note(0, 480, 60, 80))
-    with pytest.raises(ValueError, match=r"the score: expected voices with the programs \[42, 52, 53, 54\].*got \[0, 7\]"):
+    with pytest.raises(ValueError, match=r"the score: expected voices .* \[42, 52, 53, 54\] .*got \[0, 7\]"):
         run.encode([score])
     score.dump_midi(tmp_path / "duo.mid")
     with pytest.raises(ValueError, match=r"duo\.mid: expected voices"):
@@ -283,17 +283,17 @@ def test_a_generated_piece_has_the_length_asked_for(bars, run, by_metre, monkeyp
     assert [n[1:] for n in notes(score) if n[1] < min(lines[-1], 7680)] == played
 
 
-def test_pieces_and_diagnosis_of_a_split(run, pieces):
+def test_pieces_and_diagnosis_of_a_split(run, pieces, monkeypatch):
     for split in ("train", "valid", "test"):
         assert [p.name for p in run.pieces(split)] == [p.name for p in pieces if p.split == split]
-    d = run.diagnose([p for p in pieces if p.split == "valid"], floor=5.0)
-    assert d["n_windows"] == sum(w.note_num() > 0 for p in run.pieces("valid") for w in windows_of(p.path))
-    assert d["gain_over_floor"] == pytest.approx(5.0 - d["recon_per_token"])
+    monkeypatch.setattr("mtxlib.run.diagnose", lambda model, codec, windows, config, floor: (windows.windows, floor))
+    for asked in ("valid", [p for p in pieces if p.split == "valid"]):
+        windows, floor = run.diagnose(asked, floor=5.0)
+        assert floor == 5.0 and {int(s) for s in windows["split"]} == {1} and set(windows["shift"]) == {0}
+        assert len(windows) == sum(w.note_num() > 0 for p in run.pieces("valid") for w in windows_of(p.path))
 
 
 def test_importing_the_package_is_cheap():
-    import subprocess
-
     code = "import sys, mtxlib; print('torch' in sys.modules, 'symusic' in sys.modules); mtxlib.nothing"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"] and "has no attribute 'nothing'" in done.stderr

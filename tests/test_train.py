@@ -106,29 +106,42 @@ KILLED = """
 import os, signal, sys
 from mtxlib.config import Config
 from mtxlib.train import Trainer, train
-folder, method, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
-original = getattr(Trainer, method)
-def deadly(self, *args):
-    if self.step == step:
+update = Trainer.update
+def deadly(self, batch):
+    if self.step == 11:
         os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, *args)
-setattr(Trainer, method, deadly)
-train(Config.load(folder + "/config.json"), folder, "cpu")
+    return update(self, batch)
+Trainer.update = deadly
+train(Config.load(sys.argv[1] + "/config.json"), sys.argv[1], "cpu")
 """
 
 
-@pytest.mark.parametrize("method, step", [("update", 11), ("save_state", 12)])
-def test_a_killed_run_goes_on_bit_for_bit(method, step, eventful, uninterrupted, tmp_path, capsys):
-    """Killed in a step, or between the lines of a validation and its checkpoint: the last checkpoint is of step 6."""
+def go_on(config, folder, uninterrupted, capsys):
+    train(config, folder, "cpu")
+    assert f"going on from step 6 of 14 in {folder / 'state.pt'}" in capsys.readouterr().out
+    assert_same_run(folder, uninterrupted)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(eventful, uninterrupted, tmp_path, capsys):
+    """Killed in the twelfth step: the last checkpoint is of step 6, the last line of step 10."""
     write_config(eventful, tmp_path)
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), method, str(step)], env=ENVIRONMENT)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     assert done.returncode == -signal.SIGKILL and state(tmp_path)["step"] == 6
-    assert lines(tmp_path)[-1]["step"] == {"update": 10, "save_state": 12}[method], "lines the checkpoint lacks"
+    assert lines(tmp_path)[-1]["step"] == 10
     with (tmp_path / "metrics.jsonl").open("a") as f:
         f.write('{"step": 1')  # a line that was being written
-    train(eventful, tmp_path, "cpu")
-    assert f"going on from step 6 of 14 in {tmp_path / 'state.pt'}" in capsys.readouterr().out
-    assert_same_run(tmp_path, uninterrupted)
+    go_on(eventful, tmp_path, uninterrupted, capsys)
+
+
+def test_an_end_between_the_lines_of_a_validation_and_its_checkpoint(eventful, uninterrupted, tmp_path, monkeypatch,
+                                                                     capsys):
+    save = Trainer.save_state
+    monkeypatch.setattr(Trainer, "save_state", lambda self: save(self) if self.step < 12 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(eventful, tmp_path, "cpu")
+    monkeypatch.undo()
+    assert lines(tmp_path)[-1]["split"] == "valid" and lines(tmp_path)[-1]["step"] == 12
+    go_on(eventful, tmp_path, uninterrupted, capsys)
 
 
 @pytest.mark.parametrize("step", [2, 8])
@@ -161,7 +174,7 @@ def test_more_steps_go_on_from_the_end(run_config, tmp_path):
 def test_resuming_with_another_configuration_is_refused(change, run_config, uninterrupted, eventful):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     [(name, value)] = change.items()
-    with pytest.raises(ValueError, match=f"was trained with {name} = .*, now it is {value!r}: choose another run folder"):
+    with pytest.raises(ValueError, match=f"was trained with {name} = .*, now it is {value!r}: choose another"):
         train(eventful.replace(**change), uninterrupted, "cpu")
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
@@ -337,7 +350,8 @@ def test_the_validation_objective_is_at_the_end_of_the_schedules(run_config, tmp
                       "cpu")
     m = module.measure(trainer.model, trainer.store, trainer.valid_indices)
     assert trainer.step == 0
-    assert trainer.final_objective(m) == pytest.approx(float(m.recon.mean() + 0.5 * (m.kl.sum((1, 2)).mean() - 3).abs()))
+    expected = m.recon.mean() + 0.5 * (m.kl.sum((1, 2)).mean() - 3).abs()
+    assert trainer.final_objective(m) == pytest.approx(float(expected))
     plain = Trainer(run_config.replace(variational=False, beta_max=0.5), tmp_path, "cpu")
     m = module.measure(plain.model, plain.store, plain.valid_indices)
     assert plain.final_objective(m) == pytest.approx(float(objective(m.recon, 0 * m.kl, 1.0).loss))
@@ -350,7 +364,8 @@ def test_patience_stops_and_the_best_weights_are_kept(run_config, tmp_path, monk
         {k: v.clone() for k, v in model.state_dict().items()}) or save(model, *args))
     config = run_config.replace(steps=30, eval_every=2, patience=2)
     train(config, tmp_path, "cpu")
-    assert [r["objective"] for r in lines(tmp_path) if r["split"] == "valid"] == [5.0, 4.0, 4.5, 4.0], "equal is no progress"
+    objectives = [r["objective"] for r in lines(tmp_path) if r["split"] == "valid"]
+    assert objectives == [5.0, 4.0, 4.5, 4.0], "equal is no progress"
     assert len(saved) == 2 and lines(tmp_path)[-1]["step"] == 8
     kept = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(v, saved[1][k]) for k, v in kept.items())
@@ -445,33 +460,33 @@ def test_without_a_store_it_says_what_to_do(config, tmp_path):
 
 # -- the command ----------------------------------------------------------------------------------------------------
 
-def test_ctrl_c_on_the_command(run_config, tmp_path):
+def test_the_command_stops_at_ctrl_c_and_needs_little_but_torch(run_config, tmp_path):
     path = write_config(run_config.replace(steps=1_000_000, eval_every=1_000_000), tmp_path)
-    process = subprocess.Popen([sys.executable, "-m", "mtxlib.train", str(path), "--device", "cpu"], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
-    try:
-        while not (tmp_path / "metrics.jsonl").exists() and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 130, err
+    command = [sys.executable, "-X", "importtime", "-m", "mtxlib.train", str(path), "--device", "cpu"]
+    with (tmp_path / "err").open("w") as errors:  # a pipe that nobody reads would fill up
+        process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=errors, env=ENVIRONMENT)
+        try:
+            for _ in range(2400):
+                if (tmp_path / "metrics.jsonl").exists() or process.poll() is not None:
+                    break
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    err = (tmp_path / "err").read_text()
+    assert process.returncode == 130, err[-2000:]
     assert "run the same command again to go on" in out and "Traceback" not in err
     assert f"stopped at step {state(tmp_path)['step']} of 1000000" in out and state(tmp_path)["step"] >= 10
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in err.splitlines() if "import time" in line}
+    foreign = {"miditok", "symusic", "music21", "wandb", "IPython", "jupyter_core", "ipywidgets", "matplotlib"}
+    assert {"torch", "safetensors", "tqdm"} <= imported and not imported & foreign
 
 
-def test_the_command_needs_torch_and_little_else(run_config, tmp_path):
-    path = write_config(run_config.replace(steps=3), tmp_path)
-    code = ("import runpy, sys\nsys.argv = ['train', sys.argv[1]]\n"
-            "try:\n    runpy.run_module('mtxlib.train', run_name='__main__')\n"
-            "except SystemExit as e:\n    print('exit', e.code, *sys.modules)\n")
-    done = subprocess.run([sys.executable, "-c", code, str(path)], text=True, capture_output=True, env=ENVIRONMENT)
-    words = done.stdout.split()
-    assert words[words.index("exit") + 1] == "0", done.stderr
-    assert str(tmp_path / "model.safetensors") in words and (tmp_path / "model.safetensors").exists()
-    foreign = {"miditok", "symusic", "music21", "wandb", "IPython", "jupyter_core", "ipywidgets", "pandas", "matplotlib"}
-    assert "mtxlib.model" in words and not foreign & {w.split(".")[0] for w in words}
+def test_the_command_trains_to_the_end(run_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", str(write_config(run_config.replace(steps=3), tmp_path))])
+    assert main() == 0 and capsys.readouterr().out.strip() == str(tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_the_commands_errors_are_one_line(config, run_config, tmp_path, monkeypatch, capsys):
