@@ -69,7 +69,8 @@ def test_json_round_trip(tmp_path):
     assert Config.load(path) == config != Config.from_flat({"preset": "tiny"})
 
 
-@pytest.mark.parametrize("text", ['{"data": {}', "[1]", '{"data": 3}', "", '{"model": {"dmodel": 8}}', '{"x": {}}'])
+@pytest.mark.parametrize("text", [
+    '{"data": {}', "[1]", '{"data": 3}', "3", "", '{"model": {"dmodel": 8}}', '{"x": {}}'])
 def test_files_that_are_no_config_are_refused(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text)
