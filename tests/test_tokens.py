@@ -333,7 +333,7 @@ def test_bpe_is_learned_from_the_training_split_alone(config, pieces, tmp_path):
 
 
 def test_a_vocabulary_without_room_for_merges_is_refused(config, pieces):
-    with pytest.raises(ValueError, match="'bpe_vocab': expected more than the base vocabulary's 285, got 200"):
+    with pytest.raises(ValueError, match="'bpe_vocab': expected more than the base vocabulary's 223, got 200"):
         build_store(config.replace(bpe_vocab=200), pieces)
 
 
@@ -370,7 +370,7 @@ def test_the_store_holds_every_window_in_every_key(store, config, pieces):
                 for shift in KEYS if is_training else [0]:
                     expected[number, bar, shift, SPLITS.index(piece.split)] = window.shift_pitch(shift)
     assert {tuple(int(x) for x in w) for w in store.windows} == set(expected) and len(store) == len(expected)
-    assert store.vocab_size == codec.vocab_size == 285
+    assert store.vocab_size == codec.vocab_size == 223
     assert [p["name"] for p in store.pieces] == [p.name for p in pieces]
     for i in range(0, len(store), 17):
         ids = store.batch([i]).ids[0]
