@@ -43,6 +43,15 @@ def executed(music, tmp_path_factory):
     return out
 
 
+@pytest.mark.parametrize("bottleneck", ["none", "conv", "linear1d"])
+def test_the_run_notebooks_take_every_bottleneck(bottleneck, music, tmp_path):
+    given = {"source": "folder", "archive": str(music), "data_dir": str(music.parent / "data"), "hop": "2",
+             "samples": "2", "saved": "1", "long_bars": "4", "slider_steps": "2", "bottleneck": bottleneck}
+    workbook.run_notebooks(["04", "05", "06"], tmp_path / "run", "tiny", given)
+    diagnosis = json.loads((tmp_path / "run" / "diagnosis.json").read_text())
+    assert (diagnosis["verdict"] == "collapsed" and not diagnosis["kl_per_dim"]) == (bottleneck == "none")
+
+
 def outputs(executed, number: str) -> str:
     """All printed text of a notebook."""
     [path] = executed.glob(f"{number}_*.ipynb")
