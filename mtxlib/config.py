@@ -157,6 +157,8 @@ CHOICES = {
 }
 POSITIVE = ("n_bars", "hop", "d_model", "enc_layers", "dec_layers", "n_heads", "latent_channels", "conv_stride",
             "max_tokens", "steps", "batch_size", "accumulate", "lr", "grad_clip", "eval_every", "eval_windows")
+NOT_NEGATIVE = ("limit", "bpe_vocab", "lr_warmup", "weight_decay", "beta_max", "beta_warmup", "free_bits",
+                "target_rate", "target_start", "patience", "threads")
 SHARES = ("dropout", "dec_token_dropout", "enc_token_dropout", "ema")
 
 
@@ -192,6 +194,14 @@ def check(config: Config) -> None:
     for name in POSITIVE:
         if flat[name] <= 0:
             raise ValueError(f"parameter {name!r}: expected more than 0, got {flat[name]!r}")
+    for name in NOT_NEGATIVE:
+        if flat[name] < 0:
+            raise ValueError(f"parameter {name!r}: expected 0 or more, got {flat[name]!r}")
+    if flat["target_rate"] and flat["free_bits"]:
+        raise ValueError("parameter 'free_bits': expected 0 with a target_rate, which takes its place, "
+                         f"got {flat['free_bits']}")
+    if flat["target_start"] and not flat["target_rate"]:
+        raise ValueError("parameter 'target_start': expected a target_rate to go to, got target_rate 0")
     for name in SHARES:
         if not 0 <= flat[name] < 1:
             raise ValueError(f"parameter {name!r}: expected a share in [0, 1), got {flat[name]!r}")

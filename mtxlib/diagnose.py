@@ -220,4 +220,5 @@ def places(which: Tensor) -> str:
         return "all of them"
     said = [f"{name} {', '.join(map(str, which[:8]))}{' …' if len(which) > 8 else ''}"
             for name, which in (("rows", rows), ("channels", channels)) if which]
-    return "whole " + "; whole ".join(said) if said else "spread over rows and channels"
+    where = [f"row {r} channel {c}" for r, c in which.nonzero().tolist()]
+    return "whole " + "; whole ".join(said) if said else ", ".join(where[:6]) + (" …" if len(where) > 6 else "")

@@ -7,8 +7,8 @@ in-attention of MuseMorphose (Wu & Yang 2021): the token that opens a row is pre
 the row before.
 
 B batch, T tokens, D width (d_model), S latent rows, C latent channels, V vocabulary. Masks are predicates: `is_pad`
-(B, T), `is_live` (B, S) for latent rows that carry music, `may_attend` in attention. Without padding a window gives
-the same numbers as with it.
+(B, T), `is_live` (B, S) for latent rows that belong to the window, `may_attend` in attention. Without padding a window
+gives the same numbers as with it.
 """
 
 import math
@@ -193,6 +193,8 @@ class Linear1d(Bottleneck):
         return 1
 
     def pool(self, h: Tensor, slots: Tensor, is_pad: Tensor) -> tuple[Tensor, Tensor]:
+        if h.shape[1] > self.max_tokens:
+            raise ValueError(f"linear1d: expected at most max_tokens = {self.max_tokens} tokens, got {h.shape[1]}")
         x = self.narrow(h).masked_fill(is_pad[..., None], 0.0)                                   # (B, T, 8)
         x = F.pad(x, (0, 0, 0, self.max_tokens - x.shape[1])).flatten(1)                         # (B, max_tokens * 8)
         return F.gelu(self.flat(x))[:, None], torch.ones(len(h), 1, dtype=torch.bool, device=h.device)

@@ -38,6 +38,9 @@ def load_run(folder: str | Path, device: str = "") -> Run:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, metadata = load_weights(folder / "model.safetensors", config)
     codec = Codec(load_tokenizer(folder / "tokenizer.json"), config.data.n_bars)
+    if codec.vocab_size != model.vocab_size:
+        raise ValueError(f"{folder / 'tokenizer.json'}: expected the {model.vocab_size} ids that the weights were "
+                         f"trained on, got {codec.vocab_size}")
     return Run(folder, config, model.to(device).eval(), codec, int(metadata["mean_tokens"]),
                int(1.5 * int(metadata["most_tokens"])))
 
@@ -85,7 +88,8 @@ class Run:
         return score
 
     def windows(self, music: str | Path | Score) -> tuple[Score, list[int], list[Score]]:
-        """The normalised score, the first bar of each window, and the windows, end to end."""
+        """The normalised score, the first bar of each window, and the windows: end to end, the last one ending with the
+        piece, over bars of the one before where it has to."""
         score = self.score(music)
         starts = bar_starts(score)
         bars = window_bars(len(starts) - 1, self.n_bars, self.n_bars)
@@ -93,6 +97,8 @@ class Run:
 
     def encode(self, music: list[str | Path | Score]) -> Tensor:
         """Posterior means (N, S, C) of the windows of all pieces, one after the other, `n_bars` bars each."""
+        if not music:
+            raise ValueError("music: expected at least one path or score, got an empty list")
         return self.encode_windows([w for piece in music for w in self.windows(piece)[2]])
 
     @torch.no_grad()
@@ -130,6 +136,8 @@ class Run:
     def interpolate(self, a, b, steps: int = 7, temperature: float = 0.0) -> list[Score]:
         """Scores along the slerp between the posterior means of the first windows of a and b (paths, scores or
         latents (S, C)); the ends are their reconstructions."""
+        if steps < 2:
+            raise ValueError(f"steps: expected at least 2, the two ends, got {steps}")
         za, zb = (x if isinstance(x, Tensor) else self.encode_windows(self.windows(x)[2][:1])[0] for x in (a, b))
         if za.shape != zb.shape:
             raise ValueError(f"a and b need latents of one shape to be mixed, got {tuple(za.shape)} and "
@@ -142,6 +150,8 @@ class Run:
 
     def generate(self, bars: int = 64, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0) -> Score:
         """A piece of `bars` bars: samples of the prior laid end to end."""
+        if bars < 1:
+            raise ValueError(f"bars: expected at least 1, got {bars}")
         n = -(-bars // self.n_bars)
         score = chain(self.sample(n, seed, temperature, top_p), self.n_bars)
         return score.clip(0, bar_starts(score)[min(bars, len(bar_starts(score)) - 1)], clip_end=False)

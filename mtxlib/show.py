@@ -25,7 +25,8 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from mtxlib.files import atomic
 
-VOICES = {52: "Soprano", 53: "Alto", 54: "Tenor", 42: "Bass"}  # program of each choral voice, from the top
+from .corpus import VOICES
+
 PALETTE = [sns.color_palette("colorblind")[i] for i in (0, 1, 2, 4, 3, 5, 6, 7, 8, 9)]  # four that differ first
 GAP = 0.06  # quarters left free after a rectangle of the piano roll
 PIANO = 5  # electric piano: in tune from C2 to C6, speaks at once, holds its level

@@ -292,7 +292,7 @@ class Cut(NamedTuple):
 
 
 def cut_pieces(tokenizer: MusicTokenizer, pieces: list[Piece], n_bars: int, hop: int) -> Iterator[Cut]:
-    """All windows: every `hop` bars of a training piece, end to end of the others."""
+    """All windows: every `hop` bars of a training piece, every `n_bars` of the others, and one that ends the piece."""
     for number, piece in enumerate(tqdm(pieces, desc="tokenizing", unit="piece")):
         score = Score(piece.path)
         starts = bar_starts(score)
@@ -357,7 +357,7 @@ def build_store(config: Config, pieces: list[Piece]) -> TokenStore:
 
 
 def tokenize(codec: Codec, pieces: list[Piece]) -> Windows:
-    """The windows of pieces end to end, in memory, with a tokenizer that is already there; for measuring."""
+    """The windows of pieces, `n_bars` apart, in memory, with a tokenizer that is already there; for measuring."""
     cuts = list(cut_pieces(codec.tokenizer, pieces, codec.n_bars, codec.n_bars))
     sequences = codec.finish([c.ids for c in cuts])
     return Windows.pack(sequences, codec.slots(sequences), [(c.piece, c.bar, 0, SPLITS.index(c.split)) for c in cuts])

@@ -9,6 +9,8 @@ random state is saved, so a resumed run on the CPU repeats the losses of an unin
 import argparse
 import json
 import math
+import os
+import shutil
 import signal
 import sys
 import time
@@ -109,20 +111,33 @@ class Trainer:
             (terms.loss * scale / self.c.accumulate).backward()
             sums += torch.stack([x.detach().float() for x in terms]) / self.c.accumulate
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.c.grad_clip)
+        values = {**dict(zip(("loss", "recon", "kl", "kl_loss"), sums, strict=True)), "grad_norm": norm}
+        if self.device.type == "cpu":  # on a GPU this would wait for it at every step: there each line is checked
+            self.check_finite({k: float(v) for k, v in values.items()}, self.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = self.c.lr * lr_at(self.step, self.c.steps, self.c.lr_warmup)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
             self.average.update_parameters(self.model)
-        names = ("loss", "recon", "kl", "kl_loss")
-        return {**dict(zip(names, sums, strict=True)), "grad_norm": norm, "steps": 1}
+        return {**values, "steps": 1}
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> Path:
         self.resume()
-        log, wandb_run = self.run_dir / "metrics.jsonl", start_wandb(self.config, self.run_dir)
+        atomic(self.run_dir / "tokenizer.json", lambda path: shutil.copy(self.store.folder / "tokenizer.json", path))
+        wandb_run = start_wandb(self.config, self.run_dir)
+        try:
+            self.loop(wandb_run)
+        finally:
+            if wandb_run:
+                wandb_run.finish()
+        return self.run_dir / "model.safetensors"
+
+    def loop(self, wandb_run) -> None:
+        """Steps, lines of metrics.jsonl and validations until the end, a signal, or no more progress."""
+        log = self.run_dir / "metrics.jsonl"
         n_tokens, began = 0, time.perf_counter()
         batches = self.batches()
         with interrupted() as stop, tqdm(total=self.c.steps, initial=self.step, desc="training", unit="step",
@@ -152,14 +167,11 @@ class Trainer:
             self.save_state()
             print(f"stopped at step {self.step} of {self.c.steps}; run the same command again to go on")
             raise KeyboardInterrupt
-        if wandb_run:
-            wandb_run.finish()
-        return self.run_dir / "model.safetensors"
 
     def means(self) -> dict[str, float]:
         """Of the steps since the last line. Raises FloatingPointError if they are not numbers."""
         means = {k: float(v) / float(self.sums["steps"]) for k, v in self.sums.items() if k != "steps"}
-        self.check_finite(means)
+        self.check_finite(means, self.step)
         return means
 
     def line(self, n_tokens: int, seconds: float) -> dict:
@@ -171,12 +183,12 @@ class Trainer:
                 "lr": c.lr * lr_at(last, c.steps, c.lr_warmup), "tokens_per_s": n_tokens / seconds,
                 "seconds": self.seconds}
 
-    def check_finite(self, values: dict[str, float]) -> None:
+    def check_finite(self, values: dict[str, float], step: int) -> None:
         if not all(map(math.isfinite, values.values())):
             pieces = sorted({self.store.pieces[p]["name"] for p in self.store.windows["piece"][self.current]})
             good = self.run_dir / "state.pt"
             raise FloatingPointError(
-                f"the loss is not a number at step {self.step} ({', '.join(f'{k} {v:g}' for k, v in values.items())});"
+                f"the loss is not a number at step {step} ({', '.join(f'{k} {v:g}' for k, v in values.items())});"
                 f" the last batch held {', '.join(pieces[:8])}; the last good checkpoint is "
                 f"{good if good.exists() else 'none'}: lower lr or grad_clip, or set precision to fp32")
 
@@ -185,7 +197,7 @@ class Trainer:
         model = self.average.module if self.average else self.model
         m = measure(model, self.store, self.valid_indices, autocast=self.autocast, seed=self.c.seed)
         score = self.final_objective(m)
-        self.check_finite({"validation objective": score})
+        self.check_finite({"validation objective": score}, self.step)
         self.bad = 0 if score < self.best else self.bad + 1
         if score < self.best:
             self.best = score
@@ -226,6 +238,9 @@ class Trainer:
             k = different[0]
             raise ValueError(f"{path} was trained with {k} = {theirs[k]!r}, now it is {ours[k]!r}: "
                              "choose another run folder (mtx run --out …), or delete this one to start again")
+        if state["step"] > self.c.steps:
+            raise ValueError(f"{path} is at step {state['step']}, beyond steps = {self.c.steps}: choose another run "
+                             "folder (mtx run --out …), or delete this one to start again")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average:
@@ -236,6 +251,7 @@ class Trainer:
         self.step, self.best, self.bad, self.seconds, self.sums = (
             state[k] for k in ("step", "best", "bad", "seconds", "sums"))
         forget_after(self.run_dir / "metrics.jsonl", self.step)
+        atomic_text(self.run_dir / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
         print(f"going on from step {self.step} of {self.c.steps} in {path}")
 
 
@@ -288,6 +304,7 @@ def start_wandb(config: Config, run_dir: Path):
     except ImportError:
         if config.train.wandb == "online":
             raise
+        print("wandb is not installed: metrics.jsonl alone records this run")
         return None
     return wandb.init(project="mtx", name=run_dir.name, dir=str(run_dir), mode=config.train.wandb,
                       config=config.flat(), settings=wandb.Settings(silent=True, console="off"))
@@ -317,6 +334,8 @@ def main() -> int:
     parser.add_argument("config", type=Path, help="outputs/<run>/config.json; the run folder is where it lies")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1 …; the GPU if there is one")
     args = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("expected one process: several would write into the same run folder")
     try:
         print(train(Config.load(args.config), args.config.parent, args.device))
     except KeyboardInterrupt:

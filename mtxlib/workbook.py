@@ -203,6 +203,8 @@ def run_notebooks(names: list[str], out: Path, preset: str = "quick", given: dic
             except BlockingIOError:  # such as the worker that a killed sweep left behind
                 print(f"waiting for another mtx run in {shown(out)}", flush=True)
                 fcntl.flock(lock, fcntl.LOCK_EX)
+            if force and any(notebook.stem.startswith("04") for notebook in work):
+                (out / "state.pt").unlink(missing_ok=True)  # or training would only go on from its end
             for notebook, passed in work.items():
                 seconds = None if force else seconds_done(notebook, passed, out)
                 if seconds is not None:

@@ -317,7 +317,7 @@ def test_dead_dimensions_are_named():
     assert places(still(torch.zeros(50, 4, 3))) == "all of them"
     spread = torch.randn(50, 4, 3)
     spread[:, 0, 0] = spread[:, 1, 2] = 0.0
-    assert places(still(spread)) == "spread over rows and channels"
+    assert places(still(spread)) == "row 0 channel 0, row 1 channel 2"
 
 
 def test_idle_dimensions_are_named():
