@@ -26,6 +26,9 @@ from mtxlib.config import CHOICES, PARTS, PRESETS, Config, TrainConfig, flat_nam
     ({"ema": -0.1}, "'ema': expected a share"),
     ({"d_model": 36, "n_heads": 4}, "'d_model': expected a multiple of 2 .* = 8, got 36"),
     ({"conv_stride": 6}, "'conv_stride': expected a power of two, got 6"),
+    ({"limit": -1}, "'limit': expected 0 or more, got -1"), ({"beta_max": -0.5}, "'beta_max': expected 0 or more"),
+    ({"target_rate": 100.0, "free_bits": 0.1}, "'free_bits': expected 0 with a target_rate"),
+    ({"target_start": 100.0}, "'target_start': expected a target_rate to go to"),
     ({"batch_size": 9, "accumulate": 2}, "'accumulate': expected a divisor of batch_size 9, got 2")])
 def test_mistakes_are_refused_by_name(values, message):
     with pytest.raises(ValueError, match=message):

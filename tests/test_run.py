@@ -16,7 +16,7 @@ import mtxlib
 from mtxlib.generate import prior_latents, slerp
 from mtxlib.model import MusicVAE
 from mtxlib.run import Run, load_run
-from mtxlib.tokens import bar_starts, cut, window_bars
+from mtxlib.tokens import bar_starts, cut, make_tokenizer, window_bars
 from mtxlib.train import save_weights
 
 VOICES = {52, 53, 54, 42}
@@ -217,6 +217,23 @@ def test_a_reconstruction_is_the_decoded_means(run, by_metre):
     first = run.decode(run.encode([path]))[0]
     end = 4 * 1920
     assert [n for n in notes(run.reconstruct(path)) if n[1] < end] == [n for n in notes(first) if n[1] < end]
+
+
+def test_another_tokenizer_than_the_weights_is_refused(run_dir, tmp_path):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    make_tokenizer("TSD").save(folder / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"run/tokenizer\.json: expected the \d+ ids"):
+        load_run(folder, "cpu")
+
+
+def test_calls_that_make_no_sense_are_refused(run, music):
+    path = music / "piece00.mid"
+    with pytest.raises(ValueError, match="steps: expected at least 2, the two ends, got 1"):
+        run.interpolate(path, path, steps=1)
+    with pytest.raises(ValueError, match="expected at least one path or score"):
+        run.encode([])
+    with pytest.raises(ValueError, match="bars: expected at least 1, got 0"):
+        run.generate(bars=0)
 
 
 def test_voices_the_tokenizer_does_not_know_are_refused(run, tmp_path):
