@@ -170,9 +170,10 @@ def write_store(folder: str | Path, windows: Windows, meta: dict, save: Callable
     np.save(tmp / "windows.npy", windows.windows)
     save(tmp / "tokenizer.json")
     (tmp / "meta.json").write_text(json.dumps(meta))
+    shutil.rmtree(folder, ignore_errors=True)
     try:
         os.replace(tmp, folder)
-    except OSError:  # another process has written it meanwhile
+    except OSError:  # another process has put the same store there meanwhile
         shutil.rmtree(tmp)
     return TokenStore(folder)
 
