@@ -22,11 +22,10 @@ from symusic import Score
 from tqdm.auto import tqdm
 
 from .config import BOS, EOS, N_SPECIAL, Config
-from .corpus import METRES, TEMPO, TPQ, VOICES, Piece
+from .corpus import MAX_BEATS, METRES, TEMPO, TPQ, VOICES, Piece
 from .data import SPLITS, Grammar, SlotTable, TokenStore, Windows, pad_sequences, write_store
 
 PITCHES = (21, 109)  # the piano's range; the upper end is excluded
-LONGEST_NOTE = 16  # quarters
 KEYS = range(-5, 7)  # semitones of transposition: each of the twelve keys once
 VERSION = 3  # of what a store holds; raise it when that changes
 SPACE = "\u2581"  # stands before every beat in the BPE model of MidiTok
@@ -39,7 +38,7 @@ def make_tokenizer(name: str = "REMI", programs: Iterable[int] = (52, 53, 54, 42
     """
     extra = {"base_tokenizer": "REMI"} if name == "MMM" else {}
     return getattr(miditok, name)(TokenizerConfig(
-        pitch_range=PITCHES, beat_res={(0, LONGEST_NOTE): 4}, use_velocities=False, use_programs=True,
+        pitch_range=PITCHES, beat_res={(0, MAX_BEATS): 4}, use_velocities=False, use_programs=True,
         one_token_stream_for_programs=True, programs=sorted(programs), use_pitchdrum_tokens=-1 in programs,
         use_time_signatures=True, time_signature_range={unit: list(beats) for unit, beats in METRES.items()},
         special_tokens=["PAD", "BOS", "EOS", "MASK"], encode_ids_split="beat", **extra))

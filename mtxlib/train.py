@@ -231,8 +231,7 @@ class Trainer:
             atomic_text(self.run_dir / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
-        ours, theirs = (Config.from_dict(json.loads(c)).flat() for c in (json.dumps(self.config.to_dict()),
-                                                                         state["config"]))
+        ours, theirs = self.config.flat(), Config.from_dict(json.loads(state["config"])).flat()
         different = [k for k in ours if ours[k] != theirs[k] and k not in ("steps", "threads", "wandb", "data_dir")]
         if different:
             k = different[0]
