@@ -193,8 +193,9 @@ class Linear1d(Bottleneck):
         return 1
 
     def pool(self, h: Tensor, slots: Tensor, is_pad: Tensor) -> tuple[Tensor, Tensor]:
-        if h.shape[1] > self.max_tokens:
+        if h.shape[1] > self.max_tokens and not is_pad[:, self.max_tokens:].all():
             raise ValueError(f"linear1d: expected at most max_tokens = {self.max_tokens} tokens, got {h.shape[1]}")
+        h, is_pad = h[:, :self.max_tokens], is_pad[:, :self.max_tokens]
         x = self.narrow(h).masked_fill(is_pad[..., None], 0.0)                                   # (B, T, 8)
         x = F.pad(x, (0, 0, 0, self.max_tokens - x.shape[1])).flatten(1)                         # (B, max_tokens * 8)
         return F.gelu(self.flat(x))[:, None], torch.ones(len(h), 1, dtype=torch.bool, device=h.device)
@@ -295,7 +296,7 @@ class MusicVAE(nn.Module):
         """One sample of the posterior (Kingma 2013); a plain autoencoder has none and takes the mean."""
         if not self.config.variational:
             return posterior.mu
-        noise = torch.randn(posterior.mu.shape, generator=generator, device=posterior.mu.device)
+        noise = torch.empty_like(posterior.mu).normal_(generator=generator)
         return posterior.mu + noise * (0.5 * posterior.logvar).exp()
 
     def decode(self, ids: Tensor, slots: Tensor, z: Tensor, is_live: Tensor) -> Tensor:
