@@ -8,6 +8,7 @@ the length of the window; `objective(recon_scale="token")` keeps that mistake al
 Shapes: B batch, T tokens, V vocabulary, S latent rows, C latent channels.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -62,13 +63,25 @@ def beta_at(step: int, schedule: str, beta_max: float, warmup: int) -> float:
     """The weight of the KL at a step.
 
     linear: from 0 to beta_max over `warmup` steps (Bowman 2016). cyclical: each cycle of `warmup` steps ramps over its
-    first half and stays for the second (Fu 2019, R = 0.5). constant: beta_max from the start.
+    first half and stays for the second (Fu 2019, R = 0.5). constant: beta_max from the start. `rate` has no
+    clock, see `steer`.
     """
     if schedule == "constant" or warmup == 0:
         return beta_max
     if schedule == "linear":
         return beta_max * min(1.0, step / warmup)
-    return beta_max * min(1.0, 2 * (step % warmup) / warmup)
+    if schedule == "cyclical":
+        return beta_max * min(1.0, 2 * (step % warmup) / warmup)
+    raise ValueError(f"beta_schedule: expected constant, linear or cyclical, got {schedule!r}")
+
+
+def steer(beta: float, kl: float, target_rate: float, beta_max: float, gain: float = 0.02) -> float:
+    """The next beta of schedule `rate`: more where the KL of a batch lies above the target, less where it lies below.
+
+    An integral controller in log beta, after ControlVAE (Shao 2020): unlike |KL - C| it never rewards nats that the
+    reconstruction has no use for.
+    """
+    return min(beta_max, max(1e-4, beta * math.exp(gain * (kl / target_rate - 1))))
 
 
 def rate_at(step: int, target_rate: float, target_start: float, warmup: int) -> float:

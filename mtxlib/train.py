@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from .config import PAD, Config, TrainConfig
 from .data import Batch, TokenDropout, TokenStore, epoch_batches
 from .files import atomic, atomic_text
-from .losses import Terms, beta_at, kl_per_dim, lr_at, objective, rate_at, reconstruction
+from .losses import Terms, beta_at, kl_per_dim, lr_at, objective, rate_at, reconstruction, steer
 from .measure import Measured, measure
 from .model import MusicVAE
 
@@ -61,7 +61,7 @@ class Trainer:
         self.average = (AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.c.ema), use_buffers=True)
                         if self.c.ema else None)
         self.forward = torch.compile(self.model, dynamic=True) if self.c.compile else self.model
-        self.optimizer = make_optimizer(self.model, self.c)
+        self.optimizers = make_optimizers(self.model, self.c)
         drop = partial(TokenDropout, vocab_size=self.store.vocab_size, kind=self.c.dropout_kind,
                        spare=self.store.is_structure.to(self.device) if self.c.spare_structure else None)
         self.drop_enc, self.drop_dec = drop(self.c.enc_token_dropout), drop(self.c.dec_token_dropout)
@@ -72,6 +72,7 @@ class Trainer:
         # The optimiser sees nats per token of an average window: gradient clipping then means the same everywhere.
         self.loss_scale = 1.0 / float(self.store.lengths[self.train_indices].mean())
         self.step, self.best, self.bad, self.seconds = 0, math.inf, 0, 0.0
+        self.steered = 0.01  # beta of the next step under schedule `rate`
         self.sums: dict = {}  # of what `update` gave since the last line of metrics.jsonl
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -91,16 +92,23 @@ class Trainer:
         """The objective of a (micro-)batch at this step."""
         with self.autocast():
             out = self.forward(batch.ids, batch.slots, self.drop_enc(batch.ids), self.drop_dec(batch.ids))
-        return self.objective(out, batch, self.step)
-
-    def objective(self, out, batch: Batch, step: int) -> Terms:
         targets, c = batch.ids[:, 1:], self.c
         is_pad = targets == PAD
         kl = kl_per_dim(*out.posterior) if self.config.model.variational else torch.zeros_like(out.posterior.mu)
-        return objective(reconstruction(out.logits, targets, is_pad), kl,
-                         beta_at(step, c.beta_schedule, c.beta_max, c.beta_warmup), free_bits=c.free_bits,
-                         target_rate=rate_at(step, c.target_rate, c.target_start, c.beta_warmup),
-                         recon_scale=c.recon_scale, n_tokens=(~is_pad).sum(1))
+        return objective(reconstruction(out.logits, targets, is_pad), kl, self.beta(self.step), free_bits=c.free_bits,
+                         target_rate=0.0 if self.steers else self.rate(self.step), recon_scale=c.recon_scale,
+                         n_tokens=(~is_pad).sum(1))
+
+    @property
+    def steers(self) -> bool:
+        return self.c.beta_schedule == "rate"
+
+    def beta(self, step: int) -> float:
+        return self.steered if self.steers else beta_at(step, self.c.beta_schedule, self.c.beta_max,
+                                                        self.c.beta_warmup)
+
+    def rate(self, step: int) -> float:
+        return rate_at(step, self.c.target_rate, self.c.target_start, self.c.beta_warmup)
 
     def update(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One optimiser step over a batch in `accumulate` parts; returns the means over the parts."""
@@ -114,10 +122,13 @@ class Trainer:
         values = {**dict(zip(("loss", "recon", "kl", "kl_loss"), sums, strict=True)), "grad_norm": norm}
         if self.device.type == "cpu":  # on a GPU this would wait for it at every step: there each line is checked
             self.check_finite({k: float(v) for k, v in values.items()}, self.step + 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.c.lr * lr_at(self.step, self.c.steps, self.c.lr_warmup)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.steers:
+            self.steered = steer(self.steered, float(values["kl"]), self.rate(self.step), self.c.beta_max)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.c.lr * lr_at(self.step, self.c.steps, self.c.lr_warmup)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if self.average:
             self.average.update_parameters(self.model)
         return {**values, "steps": 1}
@@ -178,8 +189,7 @@ class Trainer:
         self.seconds += seconds
         c, last = self.c, self.step - 1
         return {"step": self.step, "split": "train", **self.means(),
-                "beta": beta_at(last, c.beta_schedule, c.beta_max, c.beta_warmup),
-                "target_rate": rate_at(last, c.target_rate, c.target_start, c.beta_warmup),
+                "beta": self.beta(last), "target_rate": self.rate(last),
                 "lr": c.lr * lr_at(last, c.steps, c.lr_warmup), "tokens_per_s": n_tokens / seconds,
                 "seconds": self.seconds}
 
@@ -205,8 +215,13 @@ class Trainer:
         return {"step": self.step, "split": "valid", **m.summary(), "objective": score, "seconds": self.seconds}
 
     def final_objective(self, m: Measured) -> float:
-        """The training objective on validation windows, at the beta and rate of the end of the schedule."""
+        """The training objective on validation windows, at the beta and rate of the end of the schedule.
+
+        Where beta is steered: nats of reconstruction, plus those by which the KL misses the target from above.
+        """
         c = self.c
+        if self.steers:
+            return float(m.recon.mean() + (m.kl.sum((1, 2)).mean() - c.target_rate).clamp(min=0))
         kl = m.kl if self.config.model.variational else torch.zeros_like(m.kl)
         return float(objective(m.recon, kl, c.beta_max, free_bits=c.free_bits, target_rate=c.target_rate,
                                recon_scale=c.recon_scale, n_tokens=m.n_tokens).loss)
@@ -218,8 +233,8 @@ class Trainer:
 
     def save_state(self) -> None:
         state = {"step": self.step, "best": self.best, "bad": self.bad, "seconds": self.seconds, "sums": self.sums,
-                 "config": json.dumps(self.config.to_dict()), "model": self.model.state_dict(),
-                 "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(),
+                 "steered": self.steered, "config": json.dumps(self.config.to_dict()), "model": self.model.state_dict(),
+                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "rng": torch.get_rng_state(),
                  "average": self.average.state_dict() if self.average else None,
                  "rng_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None}
         atomic(self.run_dir / "state.pt", lambda path: torch.save(state, path))
@@ -241,25 +256,35 @@ class Trainer:
             raise ValueError(f"{path} is at step {state['step']}, beyond steps = {self.c.steps}: choose another run "
                              "folder (mtx run --out …), or delete this one to start again")
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         if self.average:
             self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["rng"].cpu())
         if state["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"].cpu())
-        self.step, self.best, self.bad, self.seconds, self.sums = (
-            state[k] for k in ("step", "best", "bad", "seconds", "sums"))
+        for k in ("step", "best", "bad", "seconds", "sums", "steered"):
+            setattr(self, k, state[k])
         forget_after(self.run_dir / "metrics.jsonl", self.step)
         atomic_text(self.run_dir / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
         print(f"going on from step {self.step} of {self.c.steps} in {path}")
 
 
-def make_optimizer(model: nn.Module, c: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: biases, norms and single vectors stay free."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.98), fused=True)
+def make_optimizers(model: nn.Module, c: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan 2024) for the matrices inside the layers, AdamW for embeddings, biases, norms and the rest; or AdamW
+    for all. Muon's update is scaled to the size of Adam's (Liu 2025), so one learning rate serves both. Only matrices
+    are decayed.
+    """
+    inner = [p for name, p in model.named_parameters()
+             if p.ndim == 2 and c.optimizer == "muon" and ".blocks." in f".{name}"]
+    chosen = {id(p) for p in inner}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": c.weight_decay},
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.98), fused=True)
+    if not inner:
+        return [adamw]
+    return [adamw, torch.optim.Muon(inner, lr=c.lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
 def autocast_for(precision: str, device: torch.device) -> Callable:
