@@ -15,20 +15,27 @@ from .model import MusicVAE
 @torch.no_grad()
 def decode(model: MusicVAE, table: SlotTable, z: Tensor, is_live: Tensor | None = None, *, max_tokens: int,
            temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-           grammar: Grammar | None = None) -> list[list[int]]:
+           grammar: Grammar | None = None, begin: list[list[int]] | None = None) -> list[list[int]]:
     """Decode each z from itself alone: z (B, S, C) -> B lists of ids, from BOS to EOS (or cut at max_tokens).
 
     temperature 0 is greedy; top_p keeps the most likely tokens of so much mass (Holtzman 2020). A grammar rules out
-    ids that cannot follow. A sequence that has ended leaves the batch, so the longest does not pay for all.
+    ids that cannot follow. `begin` gives each the ids it goes on from, BOS first. A sequence that has ended leaves the
+    batch, so the longest does not pay for all.
     """
     device = z.device
     generator = torch.Generator(device).manual_seed(seed)
     is_live = torch.ones(z.shape[:2], dtype=torch.bool, device=device) if is_live is None else is_live
     decoding = model.begin(z, is_live, max_tokens)
+    begin = begin or [[BOS]] * len(z)
     out = torch.full((len(z), max_tokens), EOS, device=device)
-    out[:, 0] = BOS
-    rows, clock = torch.arange(len(z), device=device), table.start(len(z))
-    for t in range(1, max_tokens):
+    given = torch.tensor([len(ids) for ids in begin], device=device)
+    for i, ids in enumerate(begin):
+        out[i, :len(ids)] = torch.as_tensor(ids)
+    rows, clock, common = torch.arange(len(z), device=device), table.start(len(z)), int(given.min())
+    if common > 1:  # what all begin with is read at once
+        clock, slots = read(table, clock, out[:, :common - 1].cpu())
+        model.proceed(out[:, :common - 1], slots.to(device), decoding)
+    for t in range(common, max_tokens):
         previous = out[rows, t - 1].cpu()
         clock, slots = table.advance(clock, previous)
         logits = model.proceed(out[rows, t - 1:t], slots.to(device)[:, None], decoding)[:, -1].float()
@@ -36,7 +43,8 @@ def decode(model: MusicVAE, table: SlotTable, z: Tensor, is_live: Tensor | None 
         if grammar:
             logits = logits.masked_fill(~grammar.allows(previous, clock).to(device), -torch.inf)
         has_ended = out[rows, t - 1] == EOS
-        out[rows, t] = choose(logits, temperature, top_p, generator).masked_fill(has_ended, EOS)
+        chosen = choose(logits, temperature, top_p, generator).masked_fill(has_ended, EOS)
+        out[rows, t] = torch.where(t < given[rows], out[rows, t], chosen)
         going = (out[rows, t] != EOS).nonzero()[:, 0]
         if len(going) == 0:
             break
@@ -44,6 +52,15 @@ def decode(model: MusicVAE, table: SlotTable, z: Tensor, is_live: Tensor | None 
             rows, clock = rows[going], clock[going.cpu()]
             decoding.keep(going)
     return [cut_after_eos(ids) for ids in out.tolist()]
+
+
+def read(table: SlotTable, clock: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The clock (B, 5) after ids (B, T), and their slots (B, T)."""
+    columns = []
+    for column in ids.unbind(1):
+        clock, slots = table.advance(clock, column)
+        columns.append(slots)
+    return clock, torch.stack(columns, 1)
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

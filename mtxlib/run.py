@@ -13,12 +13,13 @@ from safetensors.torch import load_model
 from symusic import Score
 from torch import Tensor
 
-from .config import Config
+from .config import BOS, Config
 from .corpus import Piece, load_corpus, normalise, read_score
 from .data import Windows
 from .diagnose import diagnose
 from .generate import decode, prior_latents, slerp
 from .model import MusicVAE
+from .prior import RowPrior, fit, lay, lines_of, load_prior, save_prior
 from .tokens import Codec, bar_starts, chain, cut, join, load_tokenizer, tokenize, window_bars
 
 BATCH = 128  # windows encoded or decoded at once
@@ -70,6 +71,7 @@ class Run:
         self.folder, self.config, self.model, self.codec = folder, config, model, codec
         self.mean_tokens, self.max_tokens = mean_tokens, max_tokens
         self.n_bars = config.data.n_bars
+        self.prior: RowPrior | None = load_prior(folder / "prior.safetensors", folder / "model.safetensors")
 
     @property
     def device(self) -> torch.device:
@@ -115,15 +117,17 @@ class Run:
 
     # -- music out ----------------------------------------------------------------------------------------------------
 
-    def decode(self, z: Tensor, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> list[Score]:
-        """Latents (N, S, C) -> N scores of `n_bars` bars, four voices kept apart; temperature 0 is greedy."""
+    def decode(self, z: Tensor, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+               begin: list[list[int]] | None = None) -> list[Score]:
+        """Latents (N, S, C) -> N scores of `n_bars` bars, four voices kept apart; temperature 0 is greedy. `begin`: the
+        ids each goes on from."""
         z = z.to(self.device)
         is_live = self.model.bottleneck.live_rows(z) if self.model.bottleneck else None
         parts = [slice(i, i + BATCH) for i in range(0, len(z), BATCH)]
         return [self.codec.decode(ids) for part in parts for ids in
                 decode(self.model, self.codec.table, z[part], is_live if is_live is None else is_live[part],
                        max_tokens=self.max_tokens, temperature=temperature, top_p=top_p, seed=seed + part.start,
-                       grammar=self.codec.grammar)]
+                       grammar=self.codec.grammar, begin=begin and begin[part])]
 
     def reconstruct(self, music: str | Path | Score, temperature: float = 0.0) -> Score:
         """A whole piece through the latent, window by window, with the original's metre and tempo."""
@@ -148,13 +152,80 @@ class Run:
         """n windows from the prior, z ~ N(0, 1)."""
         return self.decode(prior_latents(self.model, n, self.mean_tokens, seed), temperature, top_p, seed)
 
-    def generate(self, bars: int = 64, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0) -> Score:
-        """A piece of `bars` bars: samples of the prior laid end to end."""
+    def generate(self, bars: int = 64, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0,
+                 prompt: str | Path | Score | None = None) -> Score:
+        """One piece of `bars` bars from the prior; with a `prompt` it opens with that music and goes on from there."""
+        return self.compose(1, bars, seed, temperature, top_p, prompt)[0]
+
+    def compose(self, n: int, bars: int = 64, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0,
+                prompt: str | Path | Score | None = None) -> list[Score]:
+        """n pieces of `bars` bars each, the prompt's included.
+
+        With a learned prior (see `fit_prior`) the rows of a whole piece are drawn one after the other, in the
+        knowledge of how many bars are left, and windows are decoded with the second half of the one before as their
+        beginning. Without one, windows drawn from N(0, 1) are laid end to end.
+        """
         if bars < 1:
             raise ValueError(f"bars: expected at least 1, got {bars}")
-        n = -(-bars // self.n_bars)
-        score = chain(self.sample(n, seed, temperature, top_p), self.n_bars)
-        return score.clip(0, bar_starts(score)[min(bars, len(bar_starts(score)) - 1)], clip_end=False)
+        if self.prior is None:
+            if prompt is not None:
+                raise ValueError("prompt: expected a run with a learned prior, without one nothing can be continued; "
+                                 "call run.fit_prior() first")
+            spans = [(0, min(self.n_bars, bars - bar)) for bar in range(0, bars, self.n_bars)]
+            windows = self.sample(n * len(spans), seed, temperature, top_p)
+            return [chain(windows[i::n], spans) for i in range(n)]
+        opening = self.score(prompt) if prompt is not None else None
+        n_given = len(bar_starts(opening)) - 1 if opening else 0
+        if n_given >= bars:
+            raise ValueError(f"bars: expected more than the {n_given} bars of the prompt, got {bars}")
+        per_bar, total = self.prior.rows_per_bar, max(bars, self.n_bars)
+        begin = self.line(opening) if opening else None
+        z = self.prior.sample(n, total * per_bar, temperature, seed, begin)
+        keep = self.n_bars - max(1, self.n_bars // 2)
+        pieces = [[opening] if opening else [] for _ in range(n)]
+        spans = [(0, n_given)] if opening else []
+        done = n_given
+        while done < total:
+            bar = min(max(0, done - keep), total - self.n_bars)
+            contexts = [self.context(windows[-1], spans[-1][1], done - bar) if done else [BOS] for windows in pieces]
+            rows = z[:, bar * per_bar:(bar + self.n_bars) * per_bar]
+            new = self.decode(rows, temperature, top_p, seed + done, contexts)
+            pieces = [[*windows, score] for windows, score in zip(pieces, new, strict=True)]
+            spans.append((done - bar, self.n_bars))
+            done = bar + self.n_bars
+        spans[-1] = (spans[-1][0], spans[-1][1] - (done - bars))
+        return [chain(windows, spans) for windows in pieces]
+
+    def context(self, window: Score, last: int, n: int) -> list[int]:
+        """Ids of the n bars of a window before its bar `last`, BOS first, for a decoder that goes on from there."""
+        if self.config.data.tokenizer == "MMM":
+            return [BOS]  # it writes one voice after the other: a beginning in time is none in tokens
+        lines = bar_starts(window)
+        last = min(last, len(lines) - 1)
+        part = cut(window, lines[:last + 1], max(0, last - n), n)
+        return self.codec.encode([part])[0][:-1].tolist() if part.note_num() else [BOS]
+
+    @torch.no_grad()
+    def line(self, music: str | Path | Score) -> Tensor:
+        """Posterior means (T, C) of a whole piece, `rows_per_bar` rows a bar; a prior goes on from it."""
+        score, bars, windows = self.windows(music)
+        found = [(bar, mu, mu) for bar, mu in zip(bars, self.encode_windows(windows), strict=True)]
+        return lay(found, self.n_bars).mu[:(len(bar_starts(score)) - 1) * self.config.model.rows_per_bar]
+
+    def fit_prior(self, steps: int = 1500, seed: int = 0) -> dict[str, float]:
+        """Learn the prior over latent rows from the training split and keep it in the run's folder; returns what a row
+        of the validation split costs in nats, under N(0, I) (`normal`) and under it (`learned`).
+
+        Raises ValueError where latent rows are not aligned with bars.
+        """
+        if self.config.model.bottleneck != "rows":
+            raise ValueError(f"bottleneck: expected rows, whose latent follows the bars, got "
+                             f"{self.config.model.bottleneck!r}")
+        lines, held_out = (lines_of(self.model, self.codec, self.pieces(split), split == "train")
+                           for split in ("train", "valid"))
+        self.prior, figures = fit(lines, held_out, self.config.model.rows_per_bar, steps=steps, seed=seed)
+        save_prior(self.prior, self.folder / "prior.safetensors", self.folder / "model.safetensors")
+        return figures
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 

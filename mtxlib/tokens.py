@@ -107,20 +107,32 @@ def join(windows: list[Score], bars: list[int], n_bars: int, starts: list[int]) 
     return out
 
 
-def chain(windows: list[Score], n_bars: int) -> Score:
-    """Windows end to end, `n_bars` bars each in their own metre; a short one is filled up with empty bars."""
-    starts, metres = [0], []
-    for window in windows:
-        lines = bar_starts(window)[:n_bars + 1]
-        last = lines[-1] - lines[-2] if len(lines) > 1 else 4 * window.tpq
-        lines += [lines[-1] + last * (i + 1) for i in range(n_bars + 1 - len(lines))]
-        metres += [symusic.TimeSignature(t.time + starts[-1], t.numerator, t.denominator)
-                   for t in window.time_signatures if t.time < lines[-1]]
-        starts += [starts[-1] + line for line in lines[1:]]
-    score = join(windows, list(range(0, n_bars * len(windows), n_bars)), n_bars, starts)
-    score.time_signatures.extend(metres)
-    score.tempos.extend(windows[0].tempos)
-    return score
+def chain(windows: list[Score], spans: list[tuple[int, int]]) -> Score:
+    """One piece of the bars [first, last) that each window gives, in its own metre; missing bars are empty.
+    Only at the very end a note is cut at the bar line."""
+    out, tracks, end, last_metre = Score(windows[0].tpq), {}, 0, None
+    for window, (first, last) in zip(windows, spans, strict=True):
+        lines = bar_starts(window)
+        bar = lines[-1] - lines[-2] if len(lines) > 1 else 4 * window.tpq
+        lines += [lines[-1] + bar * (i + 1) for i in range(last + 1 - len(lines))]
+        begin, until, shift = lines[first], lines[last], end - lines[first]
+        for part in window.tracks:
+            empty = symusic.Track(part.name, part.program, part.is_drum)
+            track = tracks.setdefault((part.program, part.is_drum), empty)
+            track.notes.extend(part.clip(begin, until, clip_end=False).shift_time(shift).notes)
+        metres = [(t.time, t.numerator, t.denominator) for t in window.time_signatures] or [(0, 4, 4)]
+        in_force = [metre for metre in metres if metre[0] <= begin][-1:]
+        for time, *metre in in_force + [metre for metre in metres if begin < metre[0] < until]:
+            if metre != last_metre:
+                out.time_signatures.append(symusic.TimeSignature(max(time, begin) + shift, *metre))
+                last_metre = metre
+        end += until - begin
+    for track in tracks.values():
+        for note in track.notes:
+            note.duration = min(note.duration, end - note.start)
+    out.tracks.extend(tracks.values())
+    out.tempos.extend(windows[0].tempos)
+    return out
 
 
 # -- ids ----------------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ FLOORS = (
     ("config", "files", "layers", "losses"),
     ("corpus", "data", "model"),
     ("tokens", "generate", "measure"),
-    ("diagnose", "train", "show"),
-    ("run",),
-    ("morph", "workbook"),
+    ("diagnose", "prior", "show", "train"),
+    ("judge", "run"),
+    ("morph", "steer", "workbook"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 CORE = ("config", "files", "layers", "losses", "data", "model", "measure", "train")

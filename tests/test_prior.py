@@ -1,0 +1,177 @@
+"""The prior over latent rows: against torch.distributions, a process with a known answer, and a decoder's own music."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from symusic import Score
+from torch import distributions
+
+from mtxlib.config import BOS
+from mtxlib.prior import CONTEXT, Line, RowPrior, batch_of, fit, lay, lines_of, load_prior, rates, save_prior
+from mtxlib.run import load_run
+from mtxlib.tokens import bar_starts
+
+C = 3
+
+
+@pytest.fixture
+def prior():
+    torch.manual_seed(0)
+    prior = RowPrior(C, rows_per_bar=4, d_model=16, n_layers=2, n_heads=2, components=4).eval()
+    for p in prior.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return prior
+
+
+def notes(score):
+    return sorted((n.start, t.program, n.duration, n.pitch) for t in score.tracks for n in t.notes)
+
+
+def test_log_prob_is_that_of_a_mixture_of_gaussians(prior):
+    out, z = torch.randn(5, 7, 4 * (1 + 2 * C)), torch.randn(5, 7, C)
+    weights, mean, log_sigma = out[..., :4], *out[..., 4:].view(5, 7, 4, 2 * C).split(C, -1)
+    theirs = distributions.MixtureSameFamily(
+        distributions.Categorical(logits=weights),
+        distributions.Independent(distributions.Normal(mean, log_sigma.clamp(-4, 1.5).exp()), 1))
+    torch.testing.assert_close(prior.log_prob(z, out), theirs.log_prob(z))
+
+
+def test_a_row_depends_on_the_rows_before_it_only(prior):
+    z = torch.randn(1, 13, C)
+    at, n = torch.arange(12)[None], torch.tensor([12])
+    changed = z.clone()
+    changed[0, 7] += 1.0  # the row before row 7
+    difference = (prior(z[:, :-1], at, n) - prior(changed[:, :-1], at, n)).abs().amax(-1)[0]
+    assert (difference[:7] == 0).all() and (difference[7:] > 1e-5).all()
+
+
+def test_sampling_with_caches_follows_the_whole_pass(prior):
+    z = prior.sample(2, 24, temperature=1e-4, seed=3)
+    before = torch.cat([torch.zeros(2, 1, C), z[:, :-1]], 1)
+    weights, mean, _ = prior.split(prior(before, torch.arange(24).expand(2, -1), torch.full((2,), 24)))
+    likely = mean.gather(2, weights.argmax(-1)[..., None, None].expand(-1, -1, 1, C))[:, :, 0]
+    torch.testing.assert_close(z, likely, atol=5e-2, rtol=5e-2)
+
+
+def test_samples_go_on_from_what_they_are_given_and_repeat(prior):
+    begin = torch.randn(6, C)
+    a, b, c = (prior.sample(2, CONTEXT + 9, seed=seed, begin=begin) for seed in (0, 0, 1))
+    assert a.shape == (2, CONTEXT + 9, C) and torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(a[0, :6], begin) and torch.equal(a[1, :6], begin) and not torch.equal(a[0], a[1])
+
+
+def walk(n, rng, rho=0.9):
+    """An AR(1) process of variance 1, known up to a posterior of variance 0.01."""
+    x = rng.standard_normal((n, C)) * np.sqrt(1 - rho**2)
+    x[0] /= np.sqrt(1 - rho**2)
+    for t in range(1, n):
+        x[t] += rho * x[t - 1]
+    return Line(torch.tensor(x, dtype=torch.float32), torch.full((n, C), np.log(0.01)).float())
+
+
+def test_the_prior_learns_how_rows_follow():
+    rng = np.random.default_rng(0)
+    lines, held_out = [[walk(40, rng) for _ in range(n)] for n in (200, 40)]
+    prior, figures = fit(lines, held_out, 4, steps=150, batch_size=16, d_model=32, n_layers=1, components=2)
+    assert figures == rates(prior, held_out, 4)
+    nats_saved = -0.5 * C * np.log(1 - 0.9**2)  # of a row, were nothing noisy
+    assert 0.7 * nats_saved < figures["normal"] - figures["learned"] < 1.05 * nats_saved
+
+
+def test_stretches_keep_place_and_length():
+    line = Line(torch.arange(100.0)[:, None].expand(-1, C), torch.full((100, C), -40.0))
+    z, at, n_rows, is_there = batch_of([line], np.random.default_rng(0), torch.Generator().manual_seed(0), 32, 4)
+    assert z.shape == (32, CONTEXT + 1, C) and is_there.all() and (n_rows == 100).all() and (at[:, 0] % 4 == 0).all()
+    assert len(at[:, 0].unique()) > 3
+    torch.testing.assert_close(z[:, 1:, 0], at.float())
+    started = at[:, 0] > 0
+    torch.testing.assert_close(z[started, 0, 0], at[started, 0].float() - 1)
+
+
+def test_windows_that_overlap_are_laid_once():
+    windows = [(bar, torch.arange(bar * 4, bar * 4 + 16)[:, None].float(), torch.zeros(16, 1)) for bar in (0, 4, 6)]
+    assert lay(windows, 4).mu[:, 0].tolist() == list(range(40))
+    assert lay(windows[1:], 4).mu[:, 0].tolist() == [0] * 16 + list(range(16, 40)), "an empty window"
+
+
+def test_a_prior_is_kept_with_the_weights_it_belongs_to(prior, tmp_path, capsys):
+    weights, path = tmp_path / "model.safetensors", tmp_path / "prior.safetensors"
+    weights.write_bytes(b"weights")
+    assert load_prior(path, weights) is None
+    save_prior(prior, path, weights)
+    again = load_prior(path, weights)
+    assert all(torch.allclose(x, again.state_dict()[name], atol=1e-3) for name, x in prior.state_dict().items())
+    weights.write_bytes(b"others")
+    assert load_prior(path, weights) is None and "other weights" in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_prior_is_refused(tmp_path):
+    path = tmp_path / "prior.safetensors"
+    save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"prior\.safetensors: expected a prior"):
+        load_prior(path, path)
+    path.write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"prior\.safetensors: expected a prior"):
+        load_prior(path, path)
+
+
+# -- long pieces of a run -----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def composer(run_dir, tmp_path_factory):
+    """A tiny run with a prior that is not trained."""
+    run = load_run(shutil.copytree(run_dir, tmp_path_factory.mktemp("composer") / "run"), "cpu")
+    torch.manual_seed(1)
+    run.prior = RowPrior(run.config.model.latent_channels, run.config.model.rows_per_bar, d_model=16, n_layers=1,
+                         n_heads=2, components=2).eval()
+    return run
+
+
+def test_posteriors_of_pieces_are_their_windows(composer, pieces):
+    pieces = [piece for piece in pieces if piece.name != "gap.mid"][:2]
+    for piece, line in zip(pieces, lines_of(composer.model, composer.codec, pieces), strict=True):
+        ours = composer.line(piece.path)
+        torch.testing.assert_close(line.mu[:len(ours)], ours, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bars", [1, 3, 4, 5, 6, 11])
+def test_a_piece_is_as_long_as_asked(bars, composer):
+    a, b = composer.compose(2, bars, seed=4)
+    assert notes(a) != notes(b) and notes(composer.compose(2, bars, seed=4)[0]) == notes(a)
+    for score in (a, b):
+        assert len(bar_starts(score)) - 1 <= bars
+
+
+def test_a_prompt_stays_and_is_gone_on_from(composer, pieces):
+    piece = min(pieces, key=lambda p: p.bars)
+    prompt = composer.score(piece.path)
+    score = composer.generate(piece.bars + 3, seed=1, prompt=piece.path)
+    line = bar_starts(prompt)[-1]
+    assert [n for n in notes(score) if n[0] < line] == notes(prompt)
+    with pytest.raises(ValueError, match=f"expected more than the {piece.bars} bars of the prompt"):
+        composer.generate(piece.bars, prompt=piece.path)
+
+
+def test_a_window_goes_on_from_the_end_of_the_one_before(composer, pieces):
+    window = composer.windows(pieces[0].path)[2][0]
+    ids = composer.context(window, 4, 2)
+    assert ids[0] == BOS and len(ids) > 1
+    again = composer.decode(torch.zeros(1, *composer.encode_windows([window]).shape[1:]), begin=[ids])[0]
+    lines = bar_starts(window)
+    expected = [(start - lines[2], *rest) for start, *rest in notes(window) if lines[2] <= start < lines[4]]
+    assert [n for n in notes(again) if n[0] <= expected[-1][0]][:len(expected)] == expected
+
+
+def test_without_a_prior_nothing_can_be_continued(run_dir, pieces):
+    run = load_run(run_dir, "cpu")
+    with pytest.raises(ValueError, match="prompt: expected a run with a learned prior"):
+        run.generate(64, prompt=pieces[0].path)
+    assert isinstance(run.generate(5), Score)
+
+
+def test_fit_prior_is_kept_and_loaded(composer, run_dir):
+    figures = composer.fit_prior(steps=2)
+    assert set(figures) == {"normal", "learned"} and load_run(composer.folder, "cpu").prior is not None
