@@ -43,7 +43,8 @@ NOT_BY_DEFAULT = "07"  # 07_sweep reads the runs of a sweep
 SET_BY = {"preset": "--preset", "run_dir": "--out"}
 FIGURES = {  # the keys of diagnosis.json that the tables show, with their units
     "verdict": "", "delta_nll_shuffled": "nats per token", "active_units": "share of latent dimensions",
-    "rate_nats": "nats per window", "recon_per_token": "nats per token", "note_f1": "greedy, from z alone",
+    "rate_nats": "nats per window", "recon_nats": "nats per window", "recon_per_token": "nats per token",
+    "note_f1": "greedy, from z alone",
     "prior_wellformed": "share of prior samples", "n_windows": "windows judged",
 }
 SWEEP_FORMAT = """\
