@@ -207,6 +207,8 @@ def check(config: Config) -> None:
         raise ValueError("parameter 'target_start': expected a target_rate to go to, got target_rate 0")
     if flat["beta_schedule"] == "rate" and not flat["target_rate"]:
         raise ValueError("parameter 'target_rate': expected the nats to hold with beta_schedule 'rate', got 0")
+    if flat["beta_schedule"] == "rate" and not flat["variational"]:
+        raise ValueError("parameter 'variational': expected True with beta_schedule 'rate', which steers a KL")
     for name in SHARES:
         if not 0 <= flat[name] < 1:
             raise ValueError(f"parameter {name!r}: expected a share in [0, 1), got {flat[name]!r}")

@@ -66,13 +66,11 @@ def beta_at(step: int, schedule: str, beta_max: float, warmup: int) -> float:
     first half and stays for the second (Fu 2019, R = 0.5). constant: beta_max from the start. `rate` has no
     clock, see `steer`.
     """
+    if schedule not in ("constant", "linear", "cyclical"):
+        raise ValueError(f"beta_schedule: expected constant, linear or cyclical, got {schedule!r}")
     if schedule == "constant" or warmup == 0:
         return beta_max
-    if schedule == "linear":
-        return beta_max * min(1.0, step / warmup)
-    if schedule == "cyclical":
-        return beta_max * min(1.0, 2 * (step % warmup) / warmup)
-    raise ValueError(f"beta_schedule: expected constant, linear or cyclical, got {schedule!r}")
+    return beta_max * min(1.0, step / warmup if schedule == "linear" else 2 * (step % warmup) / warmup)
 
 
 def steer(beta: float, kl: float, target_rate: float, beta_max: float, gain: float = 0.02) -> float:
@@ -81,7 +79,7 @@ def steer(beta: float, kl: float, target_rate: float, beta_max: float, gain: flo
     An integral controller in log beta, after ControlVAE (Shao 2020): unlike |KL - C| it never rewards nats that the
     reconstruction has no use for.
     """
-    return min(beta_max, max(1e-4, beta * math.exp(gain * (kl / target_rate - 1))))
+    return min(beta_max, max(1e-4, beta * math.exp(min(1.0, gain * (kl / target_rate - 1)))))
 
 
 def rate_at(step: int, target_rate: float, target_start: float, warmup: int) -> float:

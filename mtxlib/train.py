@@ -122,7 +122,7 @@ class Trainer:
         values = {**dict(zip(("loss", "recon", "kl", "kl_loss"), sums, strict=True)), "grad_norm": norm}
         if self.device.type == "cpu":  # on a GPU this would wait for it at every step: there each line is checked
             self.check_finite({k: float(v) for k, v in values.items()}, self.step + 1)
-        if self.steers:
+        if self.steers:  # here a GPU has to be waited for
             self.steered = steer(self.steered, float(values["kl"]), self.rate(self.step), self.c.beta_max)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -252,6 +252,9 @@ class Trainer:
             k = different[0]
             raise ValueError(f"{path} was trained with {k} = {theirs[k]!r}, now it is {ours[k]!r}: "
                              "choose another run folder (mtx run --out …), or delete this one to start again")
+        if "optimizers" not in state:
+            raise ValueError(f"{path} was written by an earlier version: choose another run folder (mtx run --out …), "
+                             "or delete this one to start again")
         if state["step"] > self.c.steps:
             raise ValueError(f"{path} is at step {state['step']}, beyond steps = {self.c.steps}: choose another run "
                              "folder (mtx run --out …), or delete this one to start again")

@@ -1,4 +1,5 @@
-"""The `mtx` command: runs the numbered notebooks through papermill, once (`mtx run`) or many times (`mtx sweep`).
+"""The `mtx` command: runs the numbered notebooks through papermill, once (`mtx run`) or many times (`mtx sweep`), and
+takes a file through the latent (`mtx reconstruct`).
 
 What papermill leaves open is settled here. It only warns about a misspelt parameter: `mtx` refuses it before anything
 runs. It has no resume: `<out>/.done/<notebook>.json` holds a digest of the notebook's code, its parameters and the done
@@ -31,7 +32,7 @@ from traitlets import Float, default
 
 from mtxlib import ROOT
 from mtxlib.config import PRESETS, Config, flat_names, nearest, preset_values
-from mtxlib.files import atomic_text
+from mtxlib.files import atomic, atomic_text
 
 NOTEBOOKS = ROOT / "notebooks"
 KERNEL_OPTIONS = [
@@ -404,6 +405,23 @@ def sweep_command(args: argparse.Namespace) -> int:
     return 1 if run_sweep(args.file, args.out, args.workers, args.notebooks) else 0
 
 
+def reconstruct_command(args: argparse.Namespace) -> int:
+    from mtxlib.diagnose import note_counts  # torch takes seconds to import, and `mtx` has to refuse at once
+    from mtxlib.run import load_run
+    from mtxlib.show import musicxml
+
+    if args.out.suffix not in (".mid", ".midi", ".musicxml"):
+        raise ValueError(f"{args.out}: expected a name that ends in .mid or .musicxml")
+    run = load_run(args.run)
+    again = run.reconstruct(args.file, args.temperature)
+    is_xml = args.out.suffix == ".musicxml"
+    atomic(args.out, (lambda path: path.write_text(musicxml(again))) if is_xml else again.dump_midi)
+    given, found = note_counts(run.score(args.file)), note_counts(again)
+    f1 = 2 * (given & found).total() / max(1, given.total() + found.total())
+    print(f"{args.out}: {found.total()} notes, {given.total()} in {args.file}; note-F1 {f1:.3f}")
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="mtx", description="Runs the notebooks of the workbook, once or many times.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
@@ -420,6 +438,12 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--out", type=Path, help="folder of the runs and table.csv; default outputs/sweeps/<name>")
     sweep.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time; default %(default)s")
     sweep.set_defaults(call=sweep_command)
+    again = commands.add_parser("reconstruct", help="a piece of any length through the latent of a run, and back")
+    again.add_argument("file", type=Path, help="MIDI or MusicXML")
+    again.add_argument("out", type=Path, help="the reconstruction, .mid or .musicxml")
+    again.add_argument("--run", type=Path, default=Path("outputs/reference"), help="run folder; default %(default)s")
+    again.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    again.set_defaults(call=reconstruct_command)
     for command in (run, sweep):
         command.add_argument("--notebooks", type=Path, default=NOTEBOOKS, metavar="DIR", help="folder of the notebooks")
     return top
@@ -430,9 +454,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return args.call(args)
-    except (ValueError, NotebookFailed) as e:
+    except (ValueError, FileNotFoundError, NotebookFailed) as e:
         print(f"mtx: {e}", file=sys.stderr)
-        return 2 if isinstance(e, ValueError) else 1
+        return 1 if isinstance(e, NotebookFailed) else 2
     except KeyboardInterrupt:
         print("\nmtx: stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -29,6 +29,9 @@ from mtxlib.config import CHOICES, PARTS, PRESETS, Config, TrainConfig, flat_nam
     ({"limit": -1}, "'limit': expected 0 or more, got -1"), ({"beta_max": -0.5}, "'beta_max': expected 0 or more"),
     ({"target_rate": 100.0, "free_bits": 0.1}, "'free_bits': expected 0 with a target_rate"),
     ({"target_start": 100.0}, "'target_start': expected a target_rate to go to"),
+    ({"beta_schedule": "rate"}, "'target_rate': expected the nats to hold with beta_schedule 'rate', got 0"),
+    ({"beta_schedule": "rates"}, "'beta_schedule': expected one of constant, .*, rate, got 'rates'"),
+    ({"optimizer": "Muon"}, "'optimizer': expected one of muon, adamw, got 'Muon'"),
     ({"batch_size": 9, "accumulate": 2}, "'accumulate': expected a divisor of batch_size 9, got 2")])
 def test_mistakes_are_refused_by_name(values, message):
     with pytest.raises(ValueError, match=message):

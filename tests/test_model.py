@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from mtxlib.config import BOS, EOS, N_SPECIAL, PAD, SLOTS_PER_BAR, ModelConfig
+from mtxlib.data import pad_sequences
 from mtxlib.losses import kl_per_dim, reconstruction
 from mtxlib.model import LOGVAR_RANGE, MusicVAE, Posterior, sinusoid
 
 V, N_BARS, C = 24, 2, 4
-LENGTHS = (29, 13, 22)  # no multiples of the stride
+LENGTHS = (29, 13, 22)  # no multiples of the stride; in a batch they have 33 positions, so that all are padded
 SMALL = {"d_model": 32, "enc_layers": 2, "dec_layers": 2, "n_heads": 2, "latent_channels": C, "conv_stride": 4,
          "rows_per_bar": 2, "max_tokens": 64}
 KINDS = [(b, c) for b in ("conv", "linear1d", "linear2d", "rows") for c in ("cross", "in", "both")] + [("none", "both")]
@@ -33,15 +34,14 @@ def window(length, seed):
     return ids, slots
 
 
-def pad(windows, value=PAD):
-    longest = max(x.shape[1] for x in windows)
-    return torch.cat([torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=value) for x in windows])
+def batch_of(windows):
+    """As a store makes them."""
+    return [pad_sequences([x[0].numpy() for x in part]) for part in zip(*windows, strict=True)]
 
 
 @pytest.fixture(scope="module")
 def batch():
-    windows = [window(n, seed) for seed, n in enumerate(LENGTHS)]
-    return pad([ids for ids, _ in windows]), pad([slots for _, slots in windows])
+    return batch_of([window(n, seed) for seed, n in enumerate(LENGTHS)])
 
 
 def some_z(model, posterior, seed=3):
@@ -273,6 +273,32 @@ def test_rows_of_the_other_bottlenecks_follow_the_tokens(bottleneck, rows):
     z = torch.cat([torch.randn(1, 3, C), torch.zeros(1, 9, C)], dim=1)
     own = model.rows_at(z[:, :3], slots, 0)[0, :, :C]
     assert torch.equal(own, z[0, rows]), "where a decoding runs on beyond its latent, it reads zeros"
+
+
+def test_linear1d_takes_padding_beyond_its_tokens_but_no_token():
+    """64 positions: a window that fills them is padded to 65."""
+    model, (ids, slots) = make("linear1d", variational=False), batch_of([window(64, 0), window(40, 1)])
+    out, alone = model(ids, slots), model(ids[:1, :64], slots[:1, :64])
+    assert ids.shape == (2, 65)
+    torch.testing.assert_close(out.posterior.mu[0], alone.posterior.mu[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(out.logits[0, :63], alone.logits[0], atol=1e-5, rtol=1e-4)
+    for n in (65, 66):
+        with pytest.raises(ValueError, match="linear1d: expected at most max_tokens = 64 tokens, got"):
+            model.encode(*batch_of([window(40, 1), window(n, 0)]))
+
+
+def test_a_traced_model_gives_the_same():
+    """What torch.compile reads of it, without the compiler; the second batch has another length."""
+    model = make("rows", enc_layers=1, dec_layers=1).train()
+    traced = torch.compile(model, backend="eager", dynamic=True)
+    for lengths in ((5, 9), (20, 30)):
+        ids, slots = batch_of([window(n, n) for n in lengths])
+        torch.manual_seed(1)
+        ours = traced(ids, slots)
+        torch.manual_seed(1)
+        expected = model(ids, slots)
+        torch.testing.assert_close(ours.logits, expected.logits)
+        assert torch.equal(ours.z, expected.z) and not torch.equal(ours.z, ours.posterior.mu), "sampled alike"
 
 
 def test_conv_works_at_any_length():

@@ -21,11 +21,12 @@ from mtxlib.config import Config
 from mtxlib.data import TokenStore
 from mtxlib.losses import objective
 from mtxlib.model import MusicVAE
-from mtxlib.train import Trainer, autocast_for, main, train
+from mtxlib.train import Trainer, autocast_for, main, make_optimizers, train
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # 14 steps, validated after 6, 12 and 14; with everything that draws random numbers
 EVENTFUL = {"steps": 14, "dropout": 0.1, "enc_token_dropout": 0.1, "ema": 0.9, "dropout_kind": "random"}
+STEERED = {"beta_schedule": "rate", "target_rate": 20.0}  # what a run of the tiny model can get to
 
 
 def lines(folder):
@@ -75,9 +76,10 @@ def interrupt(_):
     signal.raise_signal(signal.SIGINT)
 
 
-@pytest.fixture(scope="module")
-def eventful(run_config):
-    return run_config.replace(**EVENTFUL)
+@pytest.fixture(scope="module", params=[{"optimizer": "adamw"}, {"optimizer": "muon", **STEERED}],
+                ids=["adamw", "muon, steered"])
+def eventful(request, run_config):
+    return run_config.replace(**EVENTFUL, **request.param)
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +287,9 @@ def test_validation_hooks_see_metrics_that_are_up_to_date(run_config, tmp_path):
 def grads_of(config, folder, indices):
     """Gradients and reported means of one step from the same weights, without noise."""
     trainer, grads = Trainer(config, folder, "cpu"), {}
-    trainer.optimizer.step = lambda: grads.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+    trainer.optimizers = [SimpleNamespace(
+        param_groups=[], zero_grad=lambda set_to_none: None,
+        step=lambda: grads.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()}))]
     values = trainer.update(trainer.store.batch(indices))
     return grads, {k: float(v) for k, v in values.items()}
 
@@ -319,19 +323,79 @@ def test_the_gradient_is_that_of_the_elbo_per_token(run_config, store, tmp_path,
         torch.testing.assert_close(grads[name], p.grad, atol=1e-6, rtol=1e-3, msg=name)
 
 
-def test_decay_is_on_matrices_only(run_config, tmp_path):
-    trainer = Trainer(run_config.replace(weight_decay=0.5, lr=0.1, lr_warmup=0), tmp_path, "cpu")
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_decay_is_on_matrices_only(optimizer, run_config, tmp_path):
+    trainer = Trainer(run_config.replace(weight_decay=0.5, lr=0.1, optimizer=optimizer), tmp_path, "cpu")
     names = {p: n for n, p in trainer.model.named_parameters()}
-    decay, free = ({names[p] for p in group["params"]} for group in trainer.optimizer.param_groups)
-    assert [g["weight_decay"] for g in trainer.optimizer.param_groups] == [0.5, 0.0]
+    groups = [group for o in trainer.optimizers for group in o.param_groups]
+    decay, free = ({names[p] for g in groups if g["weight_decay"] == w for p in g["params"]} for w in (0.5, 0.0))
+    assert sum(len(g["params"]) for g in groups) == len(names), "each is in one group"
     assert decay | free == set(names.values()) and not decay & free
     assert all("norm" in n or n.endswith(("bias", "null")) for n in free) and not any("norm" in n for n in decay)
     before = {n: p.detach().clone() for p, n in names.items()}
     for p in trainer.model.parameters():
         p.grad = torch.zeros_like(p)
-    trainer.optimizer.step()
+    for o in trainer.optimizers:
+        o.step()
     for p, n in names.items():
         torch.testing.assert_close(p.detach(), before[n] * (0.95 if n in decay else 1.0), msg=n)
+
+
+@pytest.mark.parametrize("bottleneck", ["rows", "conv", "linear1d", "none"])
+def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest(bottleneck, run_config):
+    model = MusicVAE(run_config.replace(bottleneck=bottleneck).model, 40, 4)
+    names = {p: n for n, p in model.named_parameters()}
+    adamw, muon = make_optimizers(model, run_config.replace(optimizer="muon").train)
+    assert (type(adamw), type(muon)) == (torch.optim.AdamW, torch.optim.Muon)
+    ours, rest = ([names[p] for g in o.param_groups for p in g["params"]] for o in (muon, adamw))
+    assert sorted(ours + rest) == sorted(names.values()), "each parameter once"
+    layers = [module for half in (model.encoder, model.decoder) if half for module in half.blocks.modules()]
+    assert set(ours) == {names[layer.weight] for layer in layers if isinstance(layer, torch.nn.Linear)}
+    assert {"decoder.embedding.token.weight", "decoder.norm.weight", "decoder.blocks.0.norm1.weight"} <= set(rest)
+    [alone] = make_optimizers(model, run_config.replace(optimizer="adamw").train)
+    assert {p for g in alone.param_groups for p in g["params"]} == set(names)
+
+
+def test_a_first_step_of_muon_is_the_orthogonal_factor_of_the_gradient(run_config, tmp_path):
+    """Against U V' of the gradient's U S V' by LAPACK, in size 0.2 lr a weight; and of AdamW, the sign times lr. Muon
+    iterates five times in bf16, which brings singular values within a third of 1."""
+    trainer = Trainer(run_config.replace(lr=0.01, weight_decay=0.0, optimizer="muon"), tmp_path, "cpu")
+    adamw, muon = trainer.optimizers
+    before = {p: p.detach().clone() for p in trainer.model.parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for p in before:
+        p.grad = torch.randn(p.shape, generator=generator).sign()
+    for p in muon.param_groups[0]["params"]:  # ten times as long in one direction as in another
+        u, _, v = torch.linalg.svd(p.grad, full_matrices=False)
+        p.grad = u @ torch.linspace(1e-3, 1e-4, len(v)).diag() @ v
+    for optimizer in trainer.optimizers:
+        optimizer.step()
+    for p in muon.param_groups[0]["params"]:
+        update = (before[p] - p.detach()) / (0.01 * 0.2 * max(p.shape) ** 0.5)
+        u, _, v = torch.linalg.svd(p.grad, full_matrices=False)
+        values = torch.linalg.svdvals(update)
+        assert values.min() > 0.65 and values.max() < 1.3
+        assert (update * (u @ v)).sum() > 0.98 * update.norm() * min(p.shape) ** 0.5, "the same directions"
+        assert (before[p] - p.detach()).square().mean().sqrt() == pytest.approx(0.2 * 0.01, rel=0.15)
+    for p in (p for group in adamw.param_groups for p in group["params"]):
+        torch.testing.assert_close(p.detach(), before[p] - 0.01 * p.grad)
+
+
+def test_both_optimizers_follow_the_schedule_of_the_learning_rate(run_config, tmp_path):
+    trainer = Trainer(run_config.replace(lr=0.01, lr_warmup=4, optimizer="muon"), tmp_path, "cpu")
+    trainer.step = 1
+    trainer.update(next(trainer.batches()))
+    assert [g["lr"] for o in trainer.optimizers for g in o.param_groups] == [pytest.approx(0.005)] * 3
+
+
+def test_a_steered_run_comes_to_its_target(run_config, tmp_path):
+    """Its rate first grows away from it, and stays there where beta is held at its start."""
+    config = run_config.replace(**STEERED, steps=90, eval_every=90, lr=3e-3)
+    train(config, tmp_path, "cpu")
+    rows = [r for r in lines(tmp_path) if r["split"] == "train"]
+    start, *_, end = (abs(r["kl"] - 20) for r in rows)
+    assert end < start / 2 and max(r["kl"] for r in rows) > 5 * 20
+    assert 0.01 < rows[0]["beta"] < 0.1 < rows[-1]["beta"] <= 1.0 and {r["target_rate"] for r in rows} == {20.0}
 
 
 def test_ema_is_the_moving_average_and_is_what_is_kept(run_config, store, tmp_path):
@@ -365,6 +429,9 @@ def test_the_validation_objective_is_at_the_end_of_the_schedules(run_config, tmp
     assert trainer.step == 0
     expected = m.recon.mean() + 0.5 * (m.kl.sum((1, 2)).mean() - 3).abs()
     assert trainer.final_objective(m) == pytest.approx(float(expected))
+    for target, over in ((3.0, m.kl.sum() / len(m.kl) - 3), (1e4, 0.0)):  # nats below the target are no gain
+        steered = Trainer(run_config.replace(beta_schedule="rate", target_rate=target), tmp_path, "cpu")
+        assert over >= 0 and steered.final_objective(m) == pytest.approx(float(m.recon.mean() + over))
     plain = Trainer(run_config.replace(variational=False, beta_max=0.5), tmp_path, "cpu")
     m = module.measure(plain.model, plain.store, plain.valid_indices)
     assert plain.final_objective(m) == pytest.approx(float(objective(m.recon, 0 * m.kl, 1.0).loss))
@@ -416,7 +483,7 @@ def test_weights_that_are_no_numbers_never_become_the_checkpoint(what, run_confi
             poison(trainer)
             interrupt(trainer)
         else:  # the last step before a validation: its own loss is still a number
-            trainer.optimizer.step = lambda: poison(trainer)
+            trainer.optimizers[-1].step = lambda: poison(trainer)
 
     on_step(monkeypatch, 11 if what == "validation" else 8, act)
     with pytest.raises(FloatingPointError, match=r"last good checkpoint is .*state\.pt"):
