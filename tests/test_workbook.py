@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from symusic import Score
 
 from mtxlib import workbook
 from mtxlib.config import PRESETS
@@ -170,6 +171,28 @@ def sweep(tmp_path: Path, text: str) -> Path:
 
 def runs(file: Path, folder: Path) -> dict:
     return workbook.read_sweep(file, folder)[3]
+
+
+def test_reconstruct_takes_a_file_through_the_latent(run_dir, pieces, tmp_path, capsys):
+    from mtxlib.run import load_run
+
+    original, out = pieces[0].path, tmp_path / "again.mid"
+    assert workbook.main(["reconstruct", str(original), str(out), "--run", str(run_dir)]) == 0
+    load_run(run_dir, "cpu").reconstruct(original).dump_midi(tmp_path / "expected.mid")
+    assert out.read_bytes() == (tmp_path / "expected.mid").read_bytes() and Score(out).note_num()
+    assert "note-F1 0." in capsys.readouterr().out
+    assert workbook.main(["reconstruct", str(original), str(tmp_path / "a.musicxml"), "--run", str(run_dir)]) == 0
+    assert "<score-partwise" in (tmp_path / "a.musicxml").read_text()
+
+
+@pytest.mark.parametrize(("file", "out", "message"), [
+    ("missing.mid", "out.mid", "missing.mid"), ("text.mid", "out.mid", "text.mid: not MIDI"),
+    ("text.mid", "out.wav", "expected a name that ends in .mid or .musicxml")])
+def test_reconstruct_refuses_in_one_sentence(file, out, message, run_dir, tmp_path, capsys):
+    (tmp_path / "text.mid").write_text("no music")
+    assert workbook.main(["reconstruct", str(tmp_path / file), str(tmp_path / out), "--run", str(run_dir)]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / out).exists()
+
 
 
 def test_grid_takes_all_combinations_over_the_common_parameters(folder, tmp_path):
