@@ -5,6 +5,7 @@ import re
 from dataclasses import fields
 
 import nbformat
+import pandas as pd
 import pytest
 import symusic
 
@@ -91,6 +92,47 @@ def test_round_trip_is_lossless_in_the_notebook(executed):
 
 def test_moving_the_slider_changes_roll_and_sound(executed):
     assert "moved to 0.50" in outputs(executed, "06")
+
+
+FIGURES = dict.fromkeys(workbook.FIGURES, 0.5) | {"verdict": "healthy", "n_windows": 9, "seconds": 100}
+SWEEP = [  # a table as mtx sweep writes it: settings that a run leaves to the preset are empty
+    {"run": "plain", "state": "done", **FIGURES, "rate_nats": 200.0, "recon_nats": 40.0, "note_f1": 0.75},
+    {"run": "plain-seed-1", "state": "done", "seed": 1, **FIGURES, "rate_nats": 210.0, "recon_nats": 41.0,
+     "note_f1": 0.625},
+    {"run": "pressed-hard", "state": "done", "beta_max": 1.0, **FIGURES, "rate_nats": 0.0, "recon_nats": 138.0,
+     "note_f1": 0.05, "verdict": "collapsed"},
+    {"run": "stumbled", "state": "failed", "beta_max": 9.0},
+    {"run": "none", "state": "done", "bottleneck": "none", **FIGURES, "rate_nats": 0.0, "recon_nats": 137.0,
+     "note_f1": 0.04, "verdict": "collapsed"},
+]
+
+
+def sweep_notebook(rows: list[dict], folder) -> str:
+    """What 07 prints about a table of these rows."""
+    pd.DataFrame(rows).to_csv(folder / "table.csv", index=False)
+    workbook.run_notebooks(["07"], folder / "run", given={"table": str(folder / "table.csv")})
+    return outputs(folder / "run", "07")
+
+
+def test_the_sweep_notebook_draws_the_runs_that_finished(tmp_path):
+    printed = sweep_notebook(SWEEP, tmp_path)
+    assert (tmp_path / "figures" / "07_rate_distortion.png").stat().st_size > 10_000
+    assert "4 of 5 runs have figures; without: stumbled (failed)" in printed
+    assert "The floor is 137 nats a window (run none" in printed
+    assert "note_f1 differs by up to 0.125, the rate by up to 10.0" in printed  # between the two seeds of plain
+    assert "No two runs differ only in condition." in printed
+
+
+def test_the_sweep_notebook_needs_no_floor(tmp_path):
+    named = [{**row, "run": f"beta_max={row.get('beta_max', 0.3)},seed=0"} for row in SWEEP if row.get("seed") != 1]
+    printed = sweep_notebook(named[:-1], tmp_path)
+    assert (tmp_path / "figures" / "07_rate_distortion.png").exists()
+    assert "the floor is not known" in printed and "No setting was run with two seeds" in printed
+
+
+def test_the_sweep_notebook_refuses_a_table_without_a_finished_run(tmp_path):
+    with pytest.raises(workbook.NotebookFailed, match="expected a finished run"):
+        sweep_notebook(SWEEP[3:4], tmp_path)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
