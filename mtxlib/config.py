@@ -47,7 +47,7 @@ class TrainConfig:
     batch_size: int = 32  # windows a step
     accumulate: int = 1  # micro-batches a step; batch_size is their sum
     optimizer: str = "muon"  # muon for the matrices of the layers and AdamW for the rest, or adamw for all
-    lr: float = 3e-3  # peak learning rate
+    lr: float = 5e-3  # peak learning rate
     lr_warmup: int = 100  # steps of linear learning-rate warm-up, before the cosine
     weight_decay: float = 0.01  # decoupled decay, on matrices only
     grad_clip: float = 1.0  # largest gradient norm
@@ -58,7 +58,7 @@ class TrainConfig:
     free_bits: float = 0.0  # nats per latent dimension that cost nothing
     target_rate: float = 0.0  # nats per window to hold the KL at, by |KL - C| or by steering beta; 0 turns it off
     target_start: float = 0.0  # target rate at step 0, lowered linearly over beta_warmup; 0 starts at target_rate
-    dec_token_dropout: float = 0.3  # share of decoder input tokens replaced
+    dec_token_dropout: float = 0.0  # share of decoder input tokens replaced
     enc_token_dropout: float = 0.0  # share of encoder input tokens replaced
     dropout_kind: str = "mask"  # replace by the mask token, or by a random token
     spare_structure: bool = True  # token dropout leaves tokens that are bar or position only; BPE leaves few
@@ -84,8 +84,8 @@ PRESETS: dict[str, dict[str, object]] = {
     "quick": {},
     # Two hours on one core, on js-fakes, whose licence lets the weights be shipped.
     "reference": {
-        "source": "jsfakes", "d_model": 160, "enc_layers": 3, "dec_layers": 4, "steps": 8000, "lr": 5e-3,
-        "lr_warmup": 200, "beta_schedule": "rate", "beta_max": 1.0, "target_rate": 200.0, "target_start": 400.0,
+        "source": "jsfakes", "d_model": 160, "enc_layers": 3, "dec_layers": 4, "steps": 8000, "lr_warmup": 200,
+        "dec_token_dropout": 0.3, "beta_schedule": "rate", "beta_max": 1.0, "target_rate": 200.0, "target_start": 400.0,
         "beta_warmup": 2000, "eval_every": 500, "ema": 0.999,
     },
 }

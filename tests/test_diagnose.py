@@ -44,6 +44,11 @@ def windows(codec, pieces):
     return tokenize(codec, [p for p in pieces if p.split != "train"])
 
 
+def all_ids(windows):
+    """Each window's ids, without the padding of a batch."""
+    return [windows.batch([i]).ids[0, :n].tolist() for i, n in enumerate(windows.lengths)]
+
+
 def make(config, store, **changes):
     torch.manual_seed(2)
     return MusicVAE(config.replace(**changes).model, store.vocab_size, store.n_bars).eval()
@@ -85,7 +90,7 @@ def test_numbers_are_those_of_one_measurement(config, store, codec, windows):
         3.0 - d["recon_per_token"])
     assert d["recon_per_token"] == pytest.approx(float(m.recon.sum() / m.n_tokens.sum()))
     assert d["delta_nll_prior"] == pytest.approx(float((m.recon_prior - m.recon).sum() / m.n_tokens.sum()), abs=1e-6)
-    sixteenths = mean_sixteenths(codec, [windows.batch([i]).ids[0, :windows.lengths[i]].tolist() for i in range(len(windows))])
+    sixteenths = mean_sixteenths(codec, all_ids(windows))
     assert d["nats_per_grid_note"] == pytest.approx((d["recon_nats"] + d["rate_nats"]) / (4 * sixteenths))
     assert diagnose(model, codec, windows, config, floor=3.0, n_prior=4) == d, "and they do not change"
 
@@ -252,7 +257,7 @@ def test_sixteenths_of_the_windows_are_those_of_their_metres(codec, pieces):
 def test_retrieval_finds_perfect_copies_and_no_others(config, store, codec, windows):
     model = make(config, store)
     m = measure(model, windows, np.arange(len(windows)))
-    originals = [windows.batch([i]).ids[0, :windows.lengths[i]].tolist() for i in range(len(windows))]
+    originals = all_ids(windows)
     assert retrieval(model, codec, m, originals, originals) == 1.0
     assert retrieval(model, codec, m, originals, originals[1:] + originals[:1]) == 0.0
     half = [o if i % 2 else originals[(i + 1) % len(originals)] for i, o in enumerate(originals)]
@@ -261,7 +266,7 @@ def test_retrieval_finds_perfect_copies_and_no_others(config, store, codec, wind
 
 
 def test_what_is_wellformed(codec, original, windows):
-    assert all(is_wellformed(codec, windows.batch([i]).ids[0, :windows.lengths[i]].tolist()) for i in range(len(windows)))
+    assert all(is_wellformed(codec, ids) for ids in all_ids(windows))
     [ids] = [ids.tolist() for ids in codec.encode([original[0]])]
     names = [codec.names[i] for i in ids]
     pitch = next(i for i, name in enumerate(names) if name.startswith("Pitch"))
