@@ -99,3 +99,18 @@ def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     theta = cos.acos()
     direction = ((1 - alpha) * theta).sin() / theta.sin() * a / na + (alpha * theta).sin() / theta.sin() * b / nb
     return ((1 - alpha) * na + alpha * nb) * direction
+
+
+def mix(a: Tensor, b: Tensor, alpha: float | list[float], n_bars: int) -> Tensor:
+    """Between latents a and b (S, C) of one window: `slerp` of the whole matrix or, with a list of `n_bars` alphas, of
+    each bar's rows by themselves.
+
+    Raises ValueError where the list has another length, or the rows do not follow the bars.
+    """
+    if not isinstance(alpha, list):
+        return slerp(a, b, alpha)
+    if len(alpha) != n_bars or len(a) % n_bars:
+        raise ValueError(f"alpha: expected a number, or a list of {n_bars} (one a bar) for a latent with a multiple of "
+                         f"{n_bars} rows, got {len(alpha)} for {len(a)} rows")
+    bars = zip(a.chunk(n_bars), b.chunk(n_bars), alpha, strict=True)
+    return torch.cat([slerp(*bar) for bar in bars])

@@ -17,7 +17,7 @@ from .config import BOS, Config
 from .corpus import Piece, load_corpus, normalise, read_score
 from .data import Windows
 from .diagnose import diagnose
-from .generate import decode, prior_latents, slerp
+from .generate import decode, mix, prior_latents, slerp
 from .model import MusicVAE
 from .prior import RowPrior, fit, lay, lines_of, load_prior, save_prior
 from .tokens import Codec, bar_starts, chain, cut, join, load_tokenizer, tokenize, window_bars
@@ -142,11 +142,23 @@ class Run:
         latents (S, C)); the ends are their reconstructions."""
         if steps < 2:
             raise ValueError(f"steps: expected at least 2, the two ends, got {steps}")
+        za, zb = self.pair(a, b)
+        return self.decode(torch.stack([slerp(za, zb, i / (steps - 1)) for i in range(steps)]), temperature)
+
+    def morph(self, a, b, alpha: float | list[float], temperature: float = 0.0, seed: int = 0) -> Score:
+        """One window between a and b (as in `interpolate`): alpha 0 is a, 1 is b; a list gives each bar its own, so
+        [0, 0.3, 0.7, 1] begins as a and ends as b, and [0, 1, 0, 0] puts b's second bar into a."""
+        za, zb = self.pair(a, b)
+        return self.decode(mix(za, zb, alpha, self.n_bars)[None], temperature, seed=seed)[0]
+
+    def pair(self, a, b) -> tuple[Tensor, Tensor]:
+        """Latents (S, C) of the first windows of a and b: paths, scores or latents. Raises ValueError if they differ
+        in shape."""
         za, zb = (x if isinstance(x, Tensor) else self.encode_windows(self.windows(x)[2][:1])[0] for x in (a, b))
         if za.shape != zb.shape:
             raise ValueError(f"a and b need latents of one shape to be mixed, got {tuple(za.shape)} and "
                              f"{tuple(zb.shape)}: the {self.config.model.bottleneck} bottleneck follows the tokens")
-        return self.decode(torch.stack([slerp(za, zb, i / (steps - 1)) for i in range(steps)]), temperature)
+        return za, zb
 
     def sample(self, n: int, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0) -> list[Score]:
         """n windows from the prior, z ~ N(0, 1)."""

@@ -7,7 +7,7 @@ import torch
 
 from mtxlib.config import BOS, EOS, MASK, PAD
 from mtxlib.data import SlotTable
-from mtxlib.generate import choose, cut_after_eos, decode, prior_latents, slerp
+from mtxlib.generate import choose, cut_after_eos, decode, mix, prior_latents, slerp
 from mtxlib.model import MusicVAE
 from mtxlib.tokens import Codec, load_tokenizer
 
@@ -167,3 +167,17 @@ def test_slerp_where_there_is_no_angle():
         for z in (slerp(a, b, 0.5), slerp(b, a, 0.5)):
             torch.testing.assert_close(z, (a + b) / 2)
     assert slerp(torch.zeros(0, 4), torch.zeros(0, 4), 0.5).shape == (0, 4)
+
+
+def test_mix_gives_each_bar_its_own_share():
+    a, b = torch.randn(8, 3), torch.randn(8, 3)
+    torch.testing.assert_close(mix(a, b, 0.3, 4), slerp(a, b, 0.3))
+    swapped = mix(a, b, [0, 1, 0, 0.5], 4)
+    assert torch.equal(swapped[:2], a[:2]) and torch.equal(swapped[2:4], b[2:4]) and torch.equal(swapped[4:6], a[4:6])
+    torch.testing.assert_close(swapped[6:], slerp(a[6:], b[6:], 0.5))
+
+
+@pytest.mark.parametrize("rows, alphas", [(8, [0.0, 1.0]), (6, [0.0, 0.0, 1.0, 1.0])])
+def test_mix_refuses_alphas_that_do_not_fit(rows, alphas):
+    with pytest.raises(ValueError, match="alpha: expected a number, or a list of 4"):
+        mix(torch.zeros(rows, 3), torch.zeros(rows, 3), alphas, 4)

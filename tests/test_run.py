@@ -276,6 +276,15 @@ def test_the_ends_of_an_interpolation_are_the_reconstructions(run, by_metre):
     assert len(run.interpolate(a, b)) == 7
 
 
+def test_a_morph_may_go_bar_by_bar(run, by_metre):
+    a, b = by_metre["4/4"].path, by_metre["3/4"].path
+    za, zb = run.pair(a, b)
+    ends = [notes(s) for s in run.decode(torch.stack([za, zb]))]
+    assert [notes(run.morph(a, b, 0)), notes(run.morph(a, b, [1, 1, 1, 1]))] == ends
+    half = torch.cat([za[:len(za) // 2], zb[len(zb) // 2:]])
+    assert notes(run.morph(a, b, [0, 0, 1, 1])) == notes(run.decode(half[None])[0])
+
+
 def test_latents_of_different_lengths_cannot_be_mixed(conv):
     with pytest.raises(ValueError, match=r"one shape to be mixed, got \(3, 4\) and \(2, 4\): the conv bottleneck"):
         conv.interpolate(torch.zeros(3, 4), torch.zeros(2, 4))
