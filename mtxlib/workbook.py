@@ -16,11 +16,9 @@ import io
 import itertools
 import json
 import math
-import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,6 +29,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from traitlets import Float, default
 
 from mtxlib import ROOT
+from mtxlib.cluster import Jobs, Processes
 from mtxlib.config import PRESETS, Config, flat_names, nearest, preset_values
 from mtxlib.files import atomic, atomic_text
 
@@ -316,17 +315,16 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^\w.,=+-]+", "-", name).strip(".-") or "run"
 
 
-def run_sweep(file: Path, out: Path | None = None, workers: int = 1, folder: Path = NOTEBOOKS) -> int:
-    """Run what is not done yet, `workers` at a time, each in a process of its own; returns how many runs failed.
+def run_sweep(file: Path, place: Processes | Jobs, out: Path | None = None, folder: Path = NOTEBOOKS) -> int:
+    """Run in `place` what is not done yet; returns how many runs failed.
 
-    `out/table.csv` is written anew at every change of state. Raises ValueError before anything starts.
+    Runs that `place` holds from an earlier command are watched, not started again. `out/table.csv` is written anew at
+    every change of state. Raises ValueError before anything starts.
     """
-    if workers < 1:
-        raise ValueError(f"expected 1 worker or more, got {workers}")
     file, out, folder = file.resolve(), out and out.resolve(), folder.resolve()
     with contextlib.chdir(folder.parent):
         sweep, preset, notebooks, runs = read_sweep(file, folder)
-        out, active = out or folder.parent / "outputs" / "sweeps" / sweep, {}
+        out = out or folder.parent / "outputs" / "sweeps" / sweep
         rows = {name: {"run": name, "state": "waiting", "seconds": 0, **given} for name, given in runs.items()}
 
         def look(name: str, otherwise: str) -> None:
@@ -337,25 +335,28 @@ def run_sweep(file: Path, out: Path | None = None, workers: int = 1, folder: Pat
 
         for name in runs:
             look(name, "waiting")
-        waiting = [name for name in rows if rows[name]["state"] == "waiting"]
+        queue = place.states()
+        active = [name for name in rows if out / name in queue]
+        waiting = [name for name in rows if rows[name]["state"] == "waiting" and name not in active]
         try:
             while waiting or active:
-                changed = waiting[:max(0, workers - len(active))]
+                changed = waiting[:max(0, place.most - len(active))]
                 for name in changed:
-                    active[name] = start_run(notebooks, out / name, preset, runs[name], workers)
-                    rows[waiting.pop(0)]["state"] = "running"
+                    (out / name).mkdir(parents=True, exist_ok=True)
+                    place.start(out / name, command(notebooks, out / name, preset, runs[name]))
+                    active.append(waiting.pop(0))
+                time.sleep(place.seconds)
+                queue = place.states()
+                changed = [name for name in active if queue.get(out / name) != rows[name]["state"] or name in changed]
+                for name in changed:
+                    if out / name in queue:
+                        rows[name]["state"] = queue[out / name]
+                    else:
+                        active.remove(name)
+                        look(name, "failed")
                 show_table(rows, out, changed)
-                time.sleep(0.2)
-                over = [name for name, worker in active.items() if worker.poll() is not None]
-                for name in over:
-                    del active[name]
-                    look(name, "failed")
-                show_table(rows, out, over)
-        finally:  # at Ctrl-C the terminal has told the workers too: time for them to save
-            for worker in active.values():
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    worker.wait(20)
-                worker.terminate()
+        finally:
+            place.leave(len(active))
         show_table(rows, out, list(rows))
         failed = [name for name in rows if rows[name]["state"] == "failed"]
         for name in failed:
@@ -364,15 +365,11 @@ def run_sweep(file: Path, out: Path | None = None, workers: int = 1, folder: Pat
     return len(failed)
 
 
-def start_run(notebooks: list[Path], out: Path, preset: str, given: dict, workers: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "mtxlib.workbook", "run", *map(str, notebooks), "--preset", preset,
-               "--out", str(out), "--notebooks", str(notebooks[0].parent)]
-    for key, value in given.items():
-        command += ["-p", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}  # or the workers fight for the cores
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.txt", "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**threads, **os.environ})
+def command(notebooks: list[Path], out: Path, preset: str, given: dict) -> list[str]:
+    """That of one run of a sweep."""
+    pairs = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
+    return [sys.executable, "-m", "mtxlib.workbook", "run", *map(str, notebooks), "--preset", preset, "--out", str(out),
+            "--notebooks", str(notebooks[0].parent), *(part for pair in pairs for part in ("-p", pair))]
 
 
 def show_table(rows: dict[str, dict], out: Path, changed: list[str]) -> None:
@@ -401,8 +398,30 @@ def run_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def minutes(limit: str) -> int:
+    """A time limit in two of the ways Slurm has: minutes, or hours:minutes:seconds."""
+    match [int(part) for part in limit.split(":")]:
+        case [minutes]:
+            return minutes
+        case [hours, minutes, seconds]:
+            return 60 * hours + minutes + (seconds > 0)
+    raise ValueError(limit)
+
+
 def sweep_command(args: argparse.Namespace) -> int:
-    return 1 if run_sweep(args.file, args.out, args.workers, args.notebooks) else 0
+    for flag, cluster in {"partition": "slurm", "time": "slurm", "slurm": "slurm", "gpus": "slurm or local"}.items():
+        if getattr(args, flag) and (args.cluster or "none") not in cluster:
+            raise ValueError(f"--{flag}: expected --cluster {cluster} with it, got {args.cluster or 'none'}")
+    workers = args.workers if args.workers is not None else 10_000 if args.cluster == "slurm" else 1
+    if workers < 1:
+        raise ValueError(f"--workers: expected 1 or more, got {workers}")
+    if args.cluster:
+        sbatch = dict(pair.split("=", 1) if "=" in pair else (pair, True) for pair in args.slurm)
+        sbatch |= {"partition": args.partition} if args.partition else {}
+        place = Jobs(args.cluster, workers, args.gpus, args.time or 60, sbatch)
+    else:
+        place = Processes(workers)
+    return 1 if run_sweep(args.file, place, args.out, args.notebooks) else 0
 
 
 def reconstruct_command(args: argparse.Namespace) -> int:
@@ -436,7 +455,15 @@ def parser() -> argparse.ArgumentParser:
                                 formatter_class=argparse.RawDescriptionHelpFormatter, epilog=SWEEP_FORMAT)
     sweep.add_argument("file", type=Path, metavar="SWEEP.YAML", help="what to run, see below")
     sweep.add_argument("--out", type=Path, help="folder of the runs and table.csv; default outputs/sweeps/<name>")
-    sweep.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time; default %(default)s")
+    sweep.add_argument("--workers", type=int, metavar="N", help="runs at a time; default 1, on Slurm all")
+    sweep.add_argument("--cluster", choices=["slurm", "local"], help="each run as a job that outlives this command, "
+                       "through submitit: on Slurm, or in the background of this machine")
+    sweep.add_argument("--gpus", type=int, default=0, metavar="N", help="of a job; default none")
+    sweep.add_argument("--partition", metavar="NAME", help="of Slurm")
+    sweep.add_argument("--time", type=minutes, metavar="LIMIT", help="minutes or HH:MM:SS until Slurm has a job save "
+                       "itself and queue again; default 60")
+    sweep.add_argument("--slurm", action="append", default=[], metavar="OPTION[=VALUE]",
+                       help="any other of sbatch: account=me, constraint=a100, cpus-per-task=8, exclusive")
     sweep.set_defaults(call=sweep_command)
     again = commands.add_parser("reconstruct", help="a piece of any length through the latent of a run, and back")
     again.add_argument("file", type=Path, help="MIDI or MusicXML")
@@ -451,6 +478,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ending a job stops its kernel as Ctrl-C does
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm warns every process of a job with it, see mtxlib.cluster
     args = parser().parse_args(argv)
     try:
         return args.call(args)

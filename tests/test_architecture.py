@@ -10,7 +10,7 @@ import pytest
 import mtxlib
 
 FLOORS = (
-    ("config", "files", "layers", "losses"),
+    ("cluster", "config", "files", "layers", "losses"),
     ("corpus", "data", "model"),
     ("tokens", "generate", "measure"),
     ("diagnose", "prior", "show", "train"),
