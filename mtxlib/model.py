@@ -271,6 +271,8 @@ class Decoder(nn.Module):
 
 
 class MusicVAE(nn.Module):
+    share = (0, 1)  # rank and number of the processes that train on parts of a batch: each draws the noise of the whole
+
     def __init__(self, config: ModelConfig, vocab_size: int, n_bars: int):
         super().__init__()
         self.config, self.vocab_size, self.n_bars = config, vocab_size, n_bars
@@ -296,7 +298,8 @@ class MusicVAE(nn.Module):
         """One sample of the posterior (Kingma 2013); a plain autoencoder has none and takes the mean."""
         if not self.config.variational:
             return posterior.mu
-        noise = torch.empty_like(posterior.mu).normal_(generator=generator)
+        rank, world = self.share if self.training else (0, 1)
+        noise = posterior.mu.new_empty(world, *posterior.mu.shape).normal_(generator=generator)[rank]
         return posterior.mu + noise * (0.5 * posterior.logvar).exp()
 
     def decode(self, ids: Tensor, slots: Tensor, z: Tensor, is_live: Tensor) -> Tensor:

@@ -4,6 +4,11 @@ It needs a token store and nothing else: no MidiTok, music21, wandb or Jupyter. 
 truth), model.safetensors (the best weights by the validation objective at the final beta or rate, so that the ramp
 does not decide) and state.pt (everything to go on from). The order of batches is a function of (seed, epoch) and the
 random state is saved, so a resumed run on the CPU repeats the losses of an uninterrupted one bit for bit.
+
+`torchrun --nproc-per-node N -m mtxlib.train …` trains on N GPUs (or on CPUs) what one process would: batch_size stays
+that of the whole batch. Each process takes its part of it, with its part of the same noise, and all look at the terms
+of all windows before the objective is formed: free bits and |KL - C| are not linear in them. So losses agree but for
+rounding; with `dropout` in the blocks they do not, since its masks are drawn for a part alone.
 """
 
 import argparse
@@ -21,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -50,6 +56,10 @@ def train(config: Config, run_dir: str | Path, device: str = "",
 class Trainer:
     def __init__(self, config: Config, run_dir: Path, device: str = "", on_validate: Callable[[], None] = lambda: None):
         self.config, self.run_dir, self.c, self.on_validate = config, run_dir, config.train, on_validate
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if self.c.batch_size % (self.c.accumulate * self.world):
+            raise ValueError(f"parameter 'batch_size': expected a multiple of accumulate {self.c.accumulate} x "
+                             f"{self.world} processes, got {self.c.batch_size}")
         run_dir.mkdir(parents=True, exist_ok=True)
         if self.c.threads:
             torch.set_num_threads(self.c.threads)
@@ -60,7 +70,10 @@ class Trainer:
         self.model = MusicVAE(config.model, self.store.vocab_size, self.store.n_bars).to(self.device)
         self.average = (AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.c.ema), use_buffers=True)
                         if self.c.ema else None)
+        self.model.share = self.rank, self.world
         self.forward = torch.compile(self.model, dynamic=True) if self.c.compile else self.model
+        if self.world > 1:
+            self.forward = nn.parallel.DistributedDataParallel(self.forward)
         self.optimizers = make_optimizers(self.model, self.c)
         drop = partial(TokenDropout, vocab_size=self.store.vocab_size, kind=self.c.dropout_kind,
                        spare=self.store.is_structure.to(self.device) if self.c.spare_structure else None)
@@ -89,15 +102,38 @@ class Trainer:
             epoch, start = epoch + 1, 0
 
     def terms(self, batch: Batch) -> Terms:
-        """The objective of a (micro-)batch at this step."""
+        """The objective of a (micro-)batch at this step. Gradients flow into this process's part of it only."""
+        inputs = batch.ids, batch.slots, self.drop_enc(batch.ids), self.drop_dec(batch.ids)
+        ids, *others = (x.chunk(self.world)[self.rank] for x in inputs)
         with self.autocast():
-            out = self.forward(batch.ids, batch.slots, self.drop_enc(batch.ids), self.drop_dec(batch.ids))
-        targets, c = batch.ids[:, 1:], self.c
-        is_pad = targets == PAD
+            out = self.forward(ids, *others)
+        targets, c = ids[:, 1:], self.c
         kl = kl_per_dim(*out.posterior) if self.config.model.variational else torch.zeros_like(out.posterior.mu)
-        return objective(reconstruction(out.logits, targets, is_pad), kl, self.beta(self.step), free_bits=c.free_bits,
+        recon = self.of_all(reconstruction(out.logits, targets, targets == PAD))
+        return objective(recon, self.of_all(kl), self.beta(self.step), free_bits=c.free_bits,
                          target_rate=0.0 if self.steers else self.rate(self.step), recon_scale=c.recon_scale,
-                         n_tokens=(~is_pad).sum(1))
+                         n_tokens=(batch.ids[:, 1:] != PAD).sum(1))
+
+    def of_all(self, part: torch.Tensor) -> torch.Tensor:
+        """A tensor (B, …) of the whole batch from each process's part."""
+        if self.world == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.world)]
+        dist.all_gather(parts, part.detach())
+        parts[self.rank] = part
+        return torch.cat(parts)
+
+    def most(self, value: float) -> float:
+        """The largest of all processes, so that they decide alike."""
+        if self.world > 1:
+            value = torch.tensor(value, dtype=torch.float64)
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return float(value)
+
+    @property
+    def writes(self) -> bool:
+        """Of several processes one."""
+        return self.rank == 0
 
     @property
     def steers(self) -> bool:
@@ -116,7 +152,7 @@ class Trainer:
         sums = torch.zeros(4, device=self.device)
         for ids, slots in zip(batch.ids.chunk(self.c.accumulate), batch.slots.chunk(self.c.accumulate), strict=True):
             terms = self.terms(Batch(ids, slots).to(self.device))
-            (terms.loss * scale / self.c.accumulate).backward()
+            (terms.loss * scale * self.world / self.c.accumulate).backward()  # DDP takes the mean over the processes
             sums += torch.stack([x.detach().float() for x in terms]) / self.c.accumulate
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.c.grad_clip)
         values = {**dict(zip(("loss", "recon", "kl", "kl_loss"), sums, strict=True)), "grad_norm": norm}
@@ -137,8 +173,12 @@ class Trainer:
 
     def run(self) -> Path:
         self.resume()
-        atomic(self.run_dir / "tokenizer.json", lambda path: shutil.copy(self.store.folder / "tokenizer.json", path))
-        wandb_run = start_wandb(self.config, self.run_dir)
+        wandb_run = None
+        if self.writes:
+            forget_after(self.run_dir / "metrics.jsonl", self.step)
+            atomic_text(self.run_dir / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
+            atomic(self.run_dir / "tokenizer.json", lambda p: shutil.copy(self.store.folder / "tokenizer.json", p))
+            wandb_run = start_wandb(self.config, self.run_dir)
         try:
             self.loop(wandb_run)
         finally:
@@ -152,8 +192,8 @@ class Trainer:
         n_tokens, began = 0, time.perf_counter()
         batches = self.batches()
         with interrupted() as stop, tqdm(total=self.c.steps, initial=self.step, desc="training", unit="step",
-                                         mininterval=1.0) as bar:
-            while self.step < self.c.steps and not stop.is_set and not self.is_stuck():
+                                         mininterval=1.0, disable=not self.writes) as bar:
+            while self.step < self.c.steps and not self.most(stop.is_set) and not self.is_stuck():
                 batch = next(batches)
                 values = self.update(batch)
                 self.step += 1
@@ -164,19 +204,24 @@ class Trainer:
                     bar.update()
                     continue
                 line = self.line(n_tokens, time.perf_counter() - began)
-                write_lines(log, wandb_run, [line])
+                if self.writes:
+                    write_lines(log, wandb_run, [line])
                 self.sums, n_tokens, began = {}, 0, time.perf_counter()
                 bar.set_postfix(recon=f"{line['recon']:.1f}", rate=f"{line['kl']:.1f}", beta=f"{line['beta']:.2f}")
                 bar.update()
                 if is_eval:
-                    write_lines(log, wandb_run, [self.validate()])
-                    self.save_state()  # after its lines: those that a checkpoint lacks are dropped on resume
-                    self.on_validate()
+                    line = self.validate()
+                    if self.writes:
+                        write_lines(log, wandb_run, [line])
+                        self.save_state()  # after its lines: those that a checkpoint lacks are dropped on resume
+                        self.on_validate()
                     began = time.perf_counter()
-        if stop.is_set:
+        if self.most(stop.is_set):
             self.means()  # weights that are no numbers must not replace the last good checkpoint
-            self.save_state()
-            print(f"stopped at step {self.step} of {self.c.steps}; run the same command again to go on")
+            if self.writes:
+                self.save_state()
+                print(f"stopped at step {self.step} of {self.c.steps}; run the same command again to go on")
+            self.most(0.0)  # the others wait: torchrun ends all when one does
             raise KeyboardInterrupt
 
     def means(self) -> dict[str, float]:
@@ -206,12 +251,13 @@ class Trainer:
         """Measure the validation windows; keep the weights if they are the best so far."""
         model = self.average.module if self.average else self.model
         m = measure(model, self.store, self.valid_indices, autocast=self.autocast, seed=self.c.seed)
-        score = self.final_objective(m)
+        score = self.most(self.final_objective(m))
         self.check_finite({"validation objective": score}, self.step)
         self.bad = 0 if score < self.best else self.bad + 1
         if score < self.best:
             self.best = score
-            save_weights(model, self.run_dir / "model.safetensors", self.config, self.store.lengths)
+            if self.writes:
+                save_weights(model, self.run_dir / "model.safetensors", self.config, self.store.lengths)
         return {"step": self.step, "split": "valid", **m.summary(), "objective": score, "seconds": self.seconds}
 
     def final_objective(self, m: Measured) -> float:
@@ -242,8 +288,6 @@ class Trainer:
     def resume(self) -> None:
         path = self.run_dir / "state.pt"
         if not path.exists():
-            (self.run_dir / "metrics.jsonl").unlink(missing_ok=True)
-            atomic_text(self.run_dir / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
         ours, theirs = self.config.flat(), Config.from_dict(json.loads(state["config"])).flat()
@@ -268,9 +312,8 @@ class Trainer:
             torch.cuda.set_rng_state(state["rng_cuda"].cpu())
         for k in ("step", "best", "bad", "seconds", "sums", "steered"):
             setattr(self, k, state[k])
-        forget_after(self.run_dir / "metrics.jsonl", self.step)
-        atomic_text(self.run_dir / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
-        print(f"going on from step {self.step} of {self.c.steps} in {path}")
+        if self.writes:
+            print(f"going on from step {self.step} of {self.c.steps} in {path}")
 
 
 def make_optimizers(model: nn.Module, c: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -317,7 +360,9 @@ def write_lines(path: Path, wandb_run, lines: list[dict]) -> None:
 
 def forget_after(path: Path, step: int) -> None:
     """Drop the lines of metrics.jsonl that a killed run wrote after its last checkpoint."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines()
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     atomic_text(path, "".join(f"{line}\n" for line in kept))
 
@@ -361,15 +406,22 @@ def main() -> int:
     parser.add_argument("config", type=Path, help="outputs/<run>/config.json; the run folder is where it lies")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1 …; the GPU if there is one")
     args = parser.parse_args()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        parser.error("expected one process: several would write into the same run folder")
+    if "LOCAL_RANK" in os.environ:  # torchrun
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        print(train(Config.load(args.config), args.config.parent, args.device))
+        weights = train(Config.load(args.config), args.config.parent, args.device)
+        if os.environ.get("RANK", "0") == "0":
+            print(weights)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, FloatingPointError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

@@ -114,8 +114,9 @@ class Sweep:
 
     def start(self) -> None:
         with open(self.folder / "said.txt", "w") as said:  # no pipe: a job in the background would hold it
-            self.processes.append(subprocess.Popen(self.command, cwd=self.folder, stdout=said, stderr=said,
-                                                   start_new_session=True))
+            self.processes.append(subprocess.Popen(
+                self.command, cwd=self.folder, stdout=said, stderr=said, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)))  # a shell's `&` has it ignored
 
     def end(self) -> tuple[int, str]:
         """Exit status and all that was said."""
