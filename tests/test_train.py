@@ -179,12 +179,6 @@ def test_a_run_keeps_its_own_tokenizer(run_config, uninterrupted, store):
     assert (uninterrupted / "tokenizer.json").read_bytes() == (store.folder / "tokenizer.json").read_bytes()
 
 
-def test_several_processes_are_refused(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "mtxlib.train", str(tmp_path / "config.json")], text=True,
-                          capture_output=True, env={**os.environ, "WORLD_SIZE": "2"})
-    assert done.returncode == 2 and "expected one process" in done.stderr
-
-
 @pytest.mark.parametrize("change", [{"lr": 0.5}, {"d_model": 64}, {"source": "bach"}])
 def test_resuming_with_another_configuration_is_refused(change, run_config, uninterrupted, eventful):
     before = (uninterrupted / "metrics.jsonl").read_bytes()

@@ -14,9 +14,10 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import yaml
 from symusic import Score
 
-from mtxlib import workbook
+from mtxlib import ROOT, workbook
 from mtxlib.config import PRESETS
 
 DEFAULTS = 'preset: str = "quick"  # named settings\nrun_dir: str = "outputs/x"  # where this run writes'
@@ -159,6 +160,27 @@ def test_report_shows_figures_and_bears_their_absence(tmp_path, monkeypatch):
     report = workbook.report(out)
     assert "verdict             healthy\n" in report and "123.457   nats per window" in report
     assert "out/samples/*.mid (1)" in report and "advice" not in report
+
+
+def test_the_recipe_for_weights_and_biases_is_a_command_that_mtx_takes(tmp_path):
+    """Filled in by the functions of wandb's own agent, run by a shell that finds an `mtx` which notes what it gets."""
+    from wandb.sdk.launch.sweeps import utils
+
+    recipe = yaml.safe_load((ROOT / "docs" / "wandb.yaml").read_text())
+    chosen = {"steps": 3, "lr": 1.5e-05, "latent_channels": 8, "dec_token_dropout": 0.25}
+    assert set(recipe["parameters"]) == set(chosen)
+    filled = utils.create_sweep_command_args({"args": {name: {"value": value} for name, value in chosen.items()}})
+    command = [part for item in utils.create_sweep_command(recipe["command"])
+               for part in (filled[item[2:-1]] if item.startswith("${") and item.endswith("}") else [item])]
+    (tmp_path / "mtx").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" > got.txt\n")
+    (tmp_path / "mtx").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "WANDB_RUN_ID": "abc"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    args = workbook.parser().parse_args((tmp_path / "got.txt").read_text().splitlines())
+    notebooks = workbook.find_notebooks(workbook.NOTEBOOKS, args.notebook)
+    work = workbook.plan(notebooks, args.out, args.preset, dict(pair.split("=") for pair in args.p))
+    [passed] = [passed for notebook, passed in work.items() if notebook.stem.startswith("04")]
+    assert passed == {"preset": "quick", "run_dir": "outputs/wandb/abc", "wandb": "online", **chosen}
 
 
 # Sweep files
