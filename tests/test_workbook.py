@@ -180,7 +180,7 @@ def test_the_recipe_for_weights_and_biases_is_a_command_that_mtx_takes(tmp_path)
     notebooks = workbook.find_notebooks(workbook.NOTEBOOKS, args.notebook)
     work = workbook.plan(notebooks, args.out, args.preset, dict(pair.split("=") for pair in args.p))
     [passed] = [passed for notebook, passed in work.items() if notebook.stem.startswith("04")]
-    assert passed == {"preset": "quick", "run_dir": "outputs/wandb/abc", "wandb": "online", **chosen}
+    assert passed == {"run_dir": "outputs/wandb/abc", "wandb": "online", **chosen}
 
 
 # Sweep files
