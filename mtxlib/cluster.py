@@ -55,7 +55,7 @@ class Jobs:
     command. Raises ValueError where Slurm is missing or refuses.
     """
 
-    seconds = 5
+    seconds = 5  # seldom enough for a controller that many ask
 
     def __init__(self, cluster: str, most: int, gpus: int, minutes: int, sbatch: dict[str, str]):
         if cluster == "slurm" and not shutil.which("squeue"):
@@ -66,6 +66,7 @@ class Jobs:
             self.options |= {"timeout_min": minutes, "slurm_additional_parameters": {"requeue": True, **sbatch}}
         else:
             self.options["timeout_min"] = 10**7  # or submitit takes two minutes
+
     def start(self, out: Path, command: list[str]) -> None:
         executor = submitit.AutoExecutor(out / "jobs", self.cluster, slurm_max_num_timeout=OFTEN)
         executor.update_parameters(name=f"mtx {out.name}", slurm_comment=str(out), **self.options)
@@ -76,8 +77,7 @@ class Jobs:
             raise ValueError(f"Slurm refuses the job: {e}") from e
         finally:
             signal.signal(signal.SIGINT, at_ctrl_c)
-        if self.queue is not None:
-            self.queue[out] = "waiting"
+        self.queue = {**(self.queue or {}), out: "waiting"}
 
     def states(self) -> dict[Path, str]:
         """Of the runs that are not over: waiting or running."""

@@ -401,7 +401,7 @@ def run_command(args: argparse.Namespace) -> int:
 def minutes(limit: str) -> int:
     """A time limit in two of the ways Slurm has: minutes, or hours:minutes:seconds."""
     match [int(part) for part in limit.split(":")]:
-        case [minutes]:
+        case [minutes] if minutes > 0:
             return minutes
         case [hours, minutes, seconds]:
             return 60 * hours + minutes + (seconds > 0)

@@ -13,6 +13,7 @@ import pytest
 from test_workbook import DEFAULTS, make, sweep, wait_for
 
 from mtxlib import workbook
+from mtxlib.cluster import Jobs
 
 # Each start is noted with the steps it goes on from. A slow one takes steps until it is told to go.
 NOTEBOOK = """
@@ -54,7 +55,8 @@ ReturnToService=2
 KillWait=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName={host} NodeAddr=127.0.0.1 CPUs=4
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs=4 Gres=gpu:4
 PartitionName=low Nodes={host} Default=YES GraceTime=5
 PartitionName=high Nodes={host} PriorityTier=2 PreemptMode=OFF
 """  # GraceTime: seconds from the warning of a preempted job to its end; cred_expire: before a requeued one starts
@@ -76,6 +78,9 @@ def slurm(tmp_path_factory):
     with socket.create_server(("127.0.0.1", 0)) as a, socket.create_server(("127.0.0.1", 0)) as b:
         ports = [s.getsockname()[1] for s in (a, b)]
     (folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, ports=ports, folder=folder))
+    for number in range(4):
+        (folder / f"gpu{number}").symlink_to("/dev/null")  # GPUs in name only
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-3]\n")
     munged = ["munged", "--force", "--foreground", f"--key-file={folder}/key", f"--socket={folder}/munge.socket",
               *(f"--{name}-file={folder}/munged.{name}" for name in ("pid", "log", "seed"))]
 
@@ -162,11 +167,14 @@ def job_of(slurm, run: Path) -> str:
 
 def test_a_sweep_on_slurm(slurm, sweep_of, tmp_path):
     """Done and failed are told apart; Ctrl-C leaves the jobs, the same command finds them; a requeued job goes on."""
-    ours = sweep_of("quick", "bad", "slow", options=("--cluster", "slurm", "--partition", "low", "--slurm", "mem=0"))
+    ours = sweep_of("quick", "bad", "slow", options=(
+        "--cluster", "slurm", "--partition", "low", "--gpus", "1", "--time", "01:30:00", "--slurm", "nice=7"))
     wait_for(lambda: ours.table() == {"quick": "done", "bad": "failed", "slow": "running"}, 90)
     wait_for(lambda: ours.starts("slow"))
     assert "1 jobs go on without this command" in ours.ctrl_c()
     job = job_of(slurm, ours.out / "slow")
+    asked = slurm("scontrol", "show", "job", job).split()
+    assert {"JobName=mtx", "Partition=low", "TimeLimit=01:30:00", "Nice=7", "TresPerNode=gres:gpu:1"} <= set(asked)
     ours.start()
     wait_for(lambda: len(ours.starts("bad")) == 2)  # which it tries again
     assert job_of(slurm, ours.out / "slow") == job
@@ -222,6 +230,23 @@ def test_a_sweep_in_the_background(sweep_of, tmp_path):
     assert len(ours.starts("slow")) == 2 and ours.starts("slow")[1] > 0 and ours.starts("quick") == [0]
 
 
+def test_while_slurm_does_not_answer_all_is_as_before(tmp_path, monkeypatch):
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\ncat queue.txt\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.chdir(tmp_path)
+    jobs = Jobs("slurm", 1, 0, 60, {})
+    with pytest.raises(ValueError, match="squeue: .*queue.txt"):
+        jobs.states()
+    Path("queue.txt").write_text("PENDING /runs/a\nRUNNING /runs/b b\nCOMPLETING /runs/c\nRUNNING (null)\n")
+    queue = jobs.states()
+    assert {run: queue[Path("/runs", run)] for run in ("a", "b b", "c")} == {"a": "waiting", "b b": "running",
+                                                                             "c": "running"}
+    Path("queue.txt").unlink()
+    assert jobs.states() == queue
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (["--partition", "a"], "--partition: expected --cluster slurm with it, got none"),
     (["--gpus", "1"], "--gpus: expected --cluster slurm or local with it, got none"),
@@ -240,7 +265,9 @@ def test_time_limits(limit, expected):
     assert workbook.minutes(limit) == expected
 
 
-def test_a_time_limit_slurm_reads_as_minutes_and_seconds_is_refused(capsys):
+@pytest.mark.parametrize("limit", ["1:30", "0", "a day"])
+def test_a_time_limit_that_is_unclear_is_refused(limit, capsys):
+    """Slurm itself reads 1:30 as minutes and seconds, and 0 as no limit."""
     with pytest.raises(SystemExit):
-        workbook.main(["sweep", "any.yaml", "--time", "1:30"])
-    assert "argument --time: invalid minutes value: '1:30'" in capsys.readouterr().err
+        workbook.main(["sweep", "any.yaml", "--time", limit])
+    assert f"argument --time: invalid minutes value: '{limit}'" in capsys.readouterr().err
