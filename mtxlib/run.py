@@ -7,6 +7,7 @@ from __future__ import annotations  # symusic.Score is no class: `Path | Score` 
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
@@ -21,6 +22,7 @@ from .generate import decode, mix, prior_latents, slerp
 from .model import MusicVAE
 from .prior import RowPrior, fit, lay, lines_of, load_prior, save_prior
 from .tokens import Codec, bar_starts, chain, cut, join, load_tokenizer, tokenize, window_bars
+from .walk import ATTRIBUTES, Directions, find, load_directions, save_directions
 
 BATCH = 128  # windows encoded or decoded at once
 
@@ -238,6 +240,22 @@ class Run:
         self.prior, figures = fit(lines, held_out, self.config.model.rows_per_bar, steps=steps, seed=seed)
         save_prior(self.prior, self.folder / "prior.safetensors", self.folder / "model.safetensors")
         return figures
+
+    def directions(self) -> Directions:
+        """Where the latent changes the attributes of the music: found on the training split, and kept in the run's
+        folder. Raises ValueError where windows do not all have the same latent rows."""
+        if self.config.model.bottleneck not in ("rows", "linear1d"):
+            raise ValueError("bottleneck: expected rows or linear1d, whose latents all have one shape, got "
+                             f"{self.config.model.bottleneck!r}")
+        path, weights = self.folder / "directions.safetensors", self.folder / "model.safetensors"
+        directions = load_directions(path, weights)
+        if directions is None:
+            windows = [w for piece in self.pieces("train") for w in self.windows(piece.path)[2] if w.note_num()]
+            values = np.array([[attribute(w) for attribute in ATTRIBUTES.values()] for w in windows])
+            told = ~np.isnan(values).any(1)
+            directions = Directions(list(ATTRIBUTES), find(self.encode_windows(windows)[told], values[told]))
+            save_directions(directions, path, weights)
+        return directions
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
