@@ -105,11 +105,15 @@ class Run:
             raise ValueError("music: expected at least one path or score, got an empty list")
         return self.encode_windows([w for piece in music for w in self.windows(piece)[2]])
 
+    def pack(self, windows: list[Score]) -> Windows:
+        """Scores that are windows already, as tokens."""
+        sequences = self.codec.encode(windows)
+        return Windows.pack(sequences, self.codec.slots(sequences), [(0, 0, 0, 0)] * len(sequences))
+
     @torch.no_grad()
     def encode_windows(self, windows: list[Score]) -> Tensor:
         """Posterior means (N, S, C) of scores that are windows already."""
-        sequences = self.codec.encode(windows)
-        packed = Windows.pack(sequences, self.codec.slots(sequences), [(0, 0, 0, 0)] * len(sequences))
+        packed = self.pack(windows)
         mus = []
         for i in range(0, len(packed), BATCH):
             batch = packed.batch(range(i, min(i + BATCH, len(packed)))).to(self.device)
@@ -253,7 +257,7 @@ class Run:
             windows = [w for piece in self.pieces("train") for w in self.windows(piece.path)[2] if w.note_num()]
             values = np.array([[attribute(w) for attribute in ATTRIBUTES.values()] for w in windows])
             told = ~np.isnan(values).any(1)
-            directions = Directions(list(ATTRIBUTES), find(self.encode_windows(windows)[told], values[told]))
+            directions = find(self.encode_windows(windows)[told], values[told], list(ATTRIBUTES))
             save_directions(directions, path, weights)
         return directions
 

@@ -6,47 +6,58 @@ compared with another on its grid: voices by sixteenths, the pitch that sounds o
 N windows, S latent rows, C latent channels, A attributes; V voices, T sixteenths.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import groupby, pairwise, product
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from symusic import Score
+from symusic import Note, Score, Track
 from torch import Tensor
 
-from .corpus import key_fits
+from .corpus import GRID, TPQ, VELOCITY, key_fits
+from .diagnose import note_counts
 from .files import atomic
+from .generate import slerp
+from .measure import measure
 from .prior import digest
 from .tokens import bar_starts
 
 DISSONANT = (1, 2, 6)  # interval classes: seconds, sevenths and the tritone, the dissonant ones of Huron 1994
-RIDGE = 1.0  # weight of the penalty, in windows
+MAJOR_SCALE = (0, 2, 4, 5, 7, 9, 11)  # semitones above the tonic
+POSITIONS = (-3, -2, -1, 0, 1, 2, 3)  # of a slider, in standard deviations
 
 
 # -- attributes of a window -------------------------------------------------------------------------------------------
 
-def grid(score: Score, voices: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The pitch that sounds in the voices of these programs, 0 for none, and whether it begins there: (V, T) each."""
-    notes = [(voices.index(t.program), n.start * 4 // score.tpq, n.end * 4 // score.tpq, n.pitch)
+def grid(score: Score, voices: list[int], steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pitch that sounds in the voices of these programs, 0 for none, and whether it begins there: (V, T) each, for
+    the first `steps` sixteenths."""
+    pitch, begins = np.zeros((len(voices), steps), int), np.zeros((len(voices), steps), bool)
+    notes = [(voices.index(t.program), *(time * 4 // score.tpq for time in (n.start, n.end)), n.pitch)
              for t in score.tracks if not t.is_drum and t.program in voices for n in t.notes]
-    pitch = np.zeros((len(voices), max((end for *_, end, _ in notes), default=0)), int)
-    begins = np.zeros(pitch.shape, bool)
     for voice, onset, end, p in sorted(notes):
-        pitch[voice, onset:end], begins[voice, onset] = p, True
+        pitch[voice, onset:end], begins[voice, onset:onset + 1] = p, True
     return pitch, begins
 
 
+def voices_of(*scores: Score) -> list[int]:
+    """Programs of the tracks but drums, in the order of the tracks, which is that of the tokens."""
+    return list(dict.fromkeys(t.program for score in scores for t in score.tracks if not t.is_drum))
+
+
 def sounding(score: Score) -> np.ndarray:
-    return grid(score, sorted({t.program for t in score.tracks if not t.is_drum}))[0]
+    return grid(score, voices_of(score), score.end() * 4 // score.tpq)[0]
 
 
 def note_density(score: Score) -> float:
-    """Onsets a quarter, all voices together."""
-    return score.note_num() * score.tpq / max(1, bar_starts(score)[-1])
+    """Onsets a quarter, all voices together, until the last note ends."""
+    return score.note_num() * score.tpq / max(1, score.end())
 
 
 def register(score: Score) -> float:
@@ -71,9 +82,9 @@ def major(score: Score) -> float:
 
 def dissonance(score: Score) -> float:
     """Share of dissonant intervals among those of all two voices that sound together, each weighted by its duration."""
-    pairs = np.array([*combinations(sounding(score), 2)]).reshape(-1, 2, sounding(score).shape[1])
-    below, above = pairs[:, 0][(pairs > 0).all(1)], pairs[:, 1][(pairs > 0).all(1)]
-    interval = (above - below) % 12
+    pitch = sounding(score)
+    one, other = (pitch[i] for i in np.triu_indices(len(pitch), 1))
+    interval = (one - other)[(one > 0) & (other > 0)] % 12
     return float(np.isin(np.minimum(interval, 12 - interval), DISSONANT).mean()) if len(interval) else np.nan
 
 
@@ -88,10 +99,13 @@ ATTRIBUTES: dict[str, Callable[[Score], float]] = {  # of one window; nan where 
 class Directions:
     names: list[str]
     vectors: Tensor  # (A, S, C)
+    sd: Tensor  # (A,) standard deviations of the attributes over the training split
 
     def move(self, z: Tensor, amounts: dict[str, float]) -> Tensor:
-        """Latents (S, C) or (N, S, C), moved by so many standard deviations of each attribute (over the training
-        split), sensibly -3 to 3. Raises ValueError for a name that is no attribute and latents of another shape."""
+        """Latents (S, C) or (N, S, C), moved by so many standard deviations of each attribute, sensibly -3 to 3.
+
+        Raises ValueError for a name that is no attribute and for latents of another shape.
+        """
         unknown = sorted(set(amounts) - set(self.names))
         if unknown or z.shape[-2:] != self.vectors.shape[1:]:
             raise ValueError(f"expected amounts of {', '.join(self.names)} and latents of "
@@ -99,21 +113,21 @@ class Directions:
         return z + sum(amount * self.vectors[self.names.index(name)] for name, amount in amounts.items())
 
 
-def find(z: Tensor, values: np.ndarray) -> Tensor:
-    """Directions (A, S, C) from latents z (N, S, C) and the attributes of their windows, values (N, A)."""
+def find(z: Tensor, values: np.ndarray, names: list[str]) -> Directions:
+    """Directions from latents z (N, S, C) and the attributes of their windows, values (N, A).
+
+    z is regressed on all attributes together: what the latent does when one of them changes and the others stay (the
+    pattern of a forward model, not the weights of a filter: Haufe 2014, NeuroImage 87).
+    """
     y = torch.from_numpy((values - values.mean(0)) / values.std(0)).float()
-    x = (z - z.mean(0)).flatten(1)
-    covariance = x.T @ x / len(x)
-    weights = torch.linalg.solve(covariance + RIDGE / len(x) * torch.eye(len(covariance)), x.T @ y / len(x))
-    spread = covariance @ weights
-    return torch.linalg.solve(weights.T @ spread, spread.T).unflatten(1, z.shape[1:])
+    vectors = torch.linalg.lstsq(y, (z - z.mean(0)).flatten(1)).solution.unflatten(1, z.shape[1:])
+    return Directions(names, vectors, torch.from_numpy(values.std(0)).float())
 
 
 def save_directions(directions: Directions, path: Path, weights: Path) -> None:
-    """Marked with the `weights` of the model whose latent they belong to."""
-    tensors = {name: vector.half().contiguous() for name, vector in zip(directions.names, directions.vectors,
-                                                                        strict=True)}
-    metadata = {"format": "mtxlib directions", "weights": digest(weights)}
+    """In half precision, for they are shipped; marked with the `weights` whose latent they belong to."""
+    tensors = {"vectors": directions.vectors.half().contiguous(), "sd": directions.sd}
+    metadata = {"format": "mtxlib directions", "names": json.dumps(directions.names), "weights": digest(weights)}
     atomic(path, lambda p: save_file(tensors, str(p), metadata=metadata))
 
 
@@ -123,10 +137,129 @@ def load_directions(path: Path, weights: Path) -> Directions | None:
         return None
     try:
         with safe_open(path, framework="pt") as f:
-            if (f.metadata() or {}).get("format") != "mtxlib directions":
+            metadata = f.metadata() or {}
+            if metadata.get("format") != "mtxlib directions":
                 raise ValueError("no mark of mtxlib.walk in it")
-            if f.metadata()["weights"] != digest(weights):
+            if metadata["weights"] != digest(weights):
                 return None
-            return Directions(list(ATTRIBUTES), torch.stack([f.get_tensor(name).float() for name in ATTRIBUTES]))
-    except (KeyError, RuntimeError, SafetensorError, ValueError) as e:
+            return Directions(json.loads(metadata["names"]), f.get_tensor("vectors").float(), f.get_tensor("sd"))
+    except (KeyError, SafetensorError, ValueError) as e:
         raise ValueError(f"{path}: expected directions saved by mtxlib.walk, got something else ({e})") from e
+
+
+# -- from piece to piece ----------------------------------------------------------------------------------------------
+
+def pairs_of(run, n: int = 100, split: str = "test", seed: int = 0) -> list[tuple[Score, Score]]:
+    """n pairs of windows, each from two pieces and of one metre, drawn at random; fewer where there are too few.
+
+    Raises ValueError where there is none.
+    """
+    windows = [(i, [(m.time, m.numerator, m.denominator) for m in window.time_signatures], window)
+               for i, piece in enumerate(run.pieces(split)) for window in run.windows(piece.path)[2]]
+    drawn = np.random.default_rng(seed).integers(len(windows), size=(20 * n, 2)).tolist()
+    pairs = [(windows[i][2], windows[j][2]) for i, j in drawn
+             if windows[i][0] != windows[j][0] and windows[i][1] == windows[j][1]]
+    if not pairs:
+        raise ValueError(f"split: expected two pieces with windows of one metre, found none in {split!r}")
+    return pairs[:n]
+
+
+def sixteenths(run, a: Score, b: Score) -> int:
+    """How many a pair of windows lasts, without what rings on beyond its last bar."""
+    return max(bar_starts(score)[:run.n_bars + 1][-1] for score in (a, b)) // GRID
+
+
+def crossfade(a: Score, b: Score, alpha: float, draws: np.ndarray) -> Score:
+    """Between two windows without a latent: each sixteenth, in all voices, is b's with probability alpha and else a's:
+    the baseline of MusicVAE (Roberts 2018, section 5.3). draws (T,): numbers in [0, 1) that decide it; as they are the
+    same for every alpha, what has become b's stays b's."""
+    voices = voices_of(a, b)
+    pitch, begins = (np.where(draws < alpha, y, x) for x, y in
+                     zip(grid(a, voices, len(draws)), grid(b, voices, len(draws)), strict=True))
+    begins |= np.diff(pitch, prepend=0) != 0
+    mixed = Score(TPQ)
+    mixed.time_signatures.extend(a.time_signatures)
+    for program, *voice in zip(voices, begins.cumsum(1), pitch, strict=True):
+        track, time = Track("", program, False), 0
+        for (_, p), cells in groupby(zip(*(x.tolist() for x in voice), strict=True)):
+            length = len(list(cells))
+            if p:
+                track.notes.append(Note(time * GRID, length * GRID, p, VELOCITY))
+            time += length
+        mixed.tracks.append(track)
+    return mixed
+
+
+def interpolation(run, pairs: list[tuple[Score, Score]], steps: int = 11, seed: int = 0) -> pd.DataFrame:
+    """From a to b in `steps` steps, for each pair of windows: by slerp between the posterior means, decoded greedily,
+    and by `crossfade`. One row for each way, pair and alpha:
+
+    - `to_a`, `to_b`: Hamming distance to the windows themselves, share of the grid where another pitch sounds, or none.
+    - `moved`: the same to the step before; `onward`: whether neither `to_a` has fallen nor `to_b` risen since then.
+    - `in_key`: the largest share of the sounding grid that one diatonic scale holds.
+    - `nats`: what the step costs this model, reconstruction and KL, a window; nan where it has too many tokens for it.
+    - `note_f1`: at the two ends, of the notes of a and of b; nan between.
+    """
+    alphas, rng = np.linspace(0, 1, steps), np.random.default_rng(seed)
+    z = run.encode_windows([window for pair in pairs for window in pair]).unflatten(0, (-1, 2))
+    draws = [rng.random(sixteenths(run, *pair)) for pair in pairs]
+    ways = {"slerp": run.decode(torch.stack([slerp(a, b, float(alpha)) for a, b in z for alpha in alphas])),
+            "crossfade": [crossfade(*pair, alpha, u) for pair, u in zip(pairs, draws, strict=True) for alpha in alphas]}
+    frames = []
+    for way, scores in ways.items():
+        nats = cost(run, scores, seed).reshape(-1, steps)
+        for i, (a, b) in enumerate(pairs):
+            mixes, voices = scores[i * steps:(i + 1) * steps], voices_of(a, b)
+            on_a, on_b, *on = (grid(score, voices, len(draws[i]))[0] for score in (a, b, *mixes))
+            to_a, to_b = ((np.stack(on) != end).mean((1, 2)) for end in (on_a, on_b))
+            frames.append(pd.DataFrame({
+                "way": way, "pair": i, "alpha": alphas, "to_a": to_a, "to_b": to_b,
+                "moved": [np.nan, *((x != y).mean() for x, y in pairwise(on))],
+                "onward": [np.nan, *((np.diff(to_a) >= 0) & (np.diff(to_b) <= 0))],
+                "in_key": [in_key(x) for x in on], "nats": nats[i],
+                "note_f1": [note_f1(mixes[0], a), *[np.nan] * (steps - 2), note_f1(mixes[-1], b)]}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def in_key(pitch: np.ndarray) -> float:
+    """Largest share of the sounding grid (V, T) that lies in one diatonic scale."""
+    classes = np.bincount(pitch[pitch > 0] % 12, minlength=12)
+    return max(classes[(np.array(MAJOR_SCALE) + tonic) % 12].sum() for tonic in range(12)) / max(1, classes.sum())
+
+
+def note_f1(a: Score, b: Score) -> float:
+    """Notes found again: same voice, onset and pitch."""
+    a, b = note_counts(a), note_counts(b)
+    return 2 * (a & b).total() / max(1, a.total() + b.total())
+
+
+def cost(run, scores: list[Score], seed: int = 0) -> np.ndarray:
+    """Negative ELBO of windows in nats (N,), one sample of the posterior each; nan where one exceeds `max_tokens`."""
+    windows, nats = run.pack(scores), np.full(len(scores), np.nan)
+    known = np.flatnonzero(windows.lengths <= run.config.model.max_tokens)
+    m = measure(run.model, windows, known, seed=seed)
+    nats[known] = m.recon + m.kl.sum((1, 2))
+    return nats
+
+
+# -- along a direction ------------------------------------------------------------------------------------------------
+
+def responses(run, directions: Directions, windows: list[Score], positions=POSITIONS) -> pd.DataFrame:
+    """Attributes of what is decoded, greedily, with each slider at each position: rows (slider, position, window),
+    columns the attributes in standard deviations, and `notes`, their number."""
+    z = run.encode_windows(windows)
+    at = list(product(directions.names, positions))
+    scores = run.decode(torch.cat([directions.move(z, {name: position}) for name, position in at]))
+    index = pd.MultiIndex.from_product([directions.names, positions, range(len(windows))],
+                                       names=["slider", "position", "window"])
+    values = np.array([[ATTRIBUTES[name](score) for name in directions.names] for score in scores])
+    frame = pd.DataFrame(values / directions.sd.numpy(), index, directions.names)
+    return frame.assign(notes=[score.note_num() for score in scores])
+
+
+def leakage(responses: pd.DataFrame) -> pd.DataFrame:
+    """Mean over the windows of Spearman's rho between a slider's position and each attribute, 0 where nothing changes:
+    rows sliders, columns attributes. The diagonal is what was asked for, the rest is leakage."""
+    attributes = responses.drop(columns="notes").reset_index("position")
+    rho = attributes.groupby(["slider", "window"], sort=False).apply(lambda x: x.rank().corr()["position"])
+    return rho.drop(columns="position").fillna(0).groupby("slider", sort=False).mean()
