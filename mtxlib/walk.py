@@ -23,7 +23,7 @@ from torch import Tensor
 from .corpus import GRID, TPQ, VELOCITY, key_fits
 from .diagnose import note_counts
 from .files import atomic
-from .generate import slerp
+from .generate import mix, slerp
 from .measure import measure
 from .prior import digest
 from .tokens import bar_starts
@@ -102,26 +102,35 @@ class Directions:
     sd: Tensor  # (A,) standard deviations of the attributes over the training split
 
     def move(self, z: Tensor, amounts: dict[str, float]) -> Tensor:
-        """Latents (S, C) or (N, S, C), moved by so many standard deviations of each attribute, sensibly -3 to 3.
+        """Latents (S, C) or (N, S, C), moved by `amounts`, sensibly -3 to 3, and brought back to the length they had.
 
-        Raises ValueError for a name that is no attribute and for latents of another shape.
+        One unit is a third of the length of a latent, about what moves the attribute of decoded music by one standard
+        deviation (`responses` measures it); three units turn a latent by 45 degrees. Raises ValueError for a name that
+        is no attribute and for latents of another shape.
         """
         unknown = sorted(set(amounts) - set(self.names))
         if unknown or z.shape[-2:] != self.vectors.shape[1:]:
             raise ValueError(f"expected amounts of {', '.join(self.names)} and latents of "
                              f"{' x '.join(map(str, self.vectors.shape[1:]))}, got {unknown or tuple(z.shape)}")
-        return z + sum(amount * self.vectors[self.names.index(name)] for name, amount in amounts.items())
+        moved = z + sum(amount * self.vectors[self.names.index(name)] for name, amount in amounts.items())
+        return moved * norm(z) / norm(moved).clamp(min=1e-12)
+
+
+def norm(z: Tensor) -> Tensor:
+    """Lengths of latents (..., S, C) as vectors, (..., 1, 1)."""
+    return z.square().sum((-2, -1), keepdim=True).sqrt()
 
 
 def find(z: Tensor, values: np.ndarray, names: list[str]) -> Directions:
     """Directions from latents z (N, S, C) and the attributes of their windows, values (N, A).
 
     z is regressed on all attributes together: what the latent does when one of them changes and the others stay (the
-    pattern of a forward model, not the weights of a filter: Haufe 2014, NeuroImage 87).
+    pattern of a forward model, not the weights of a filter: Haufe 2014, NeuroImage 87). All are made a third as long
+    as a latent is on average.
     """
     y = torch.from_numpy((values - values.mean(0)) / values.std(0)).float()
     vectors = torch.linalg.lstsq(y, (z - z.mean(0)).flatten(1)).solution.unflatten(1, z.shape[1:])
-    return Directions(names, vectors, torch.from_numpy(values.std(0)).float())
+    return Directions(names, vectors / norm(vectors) * norm(z).mean() / 3, torch.from_numpy(values.std(0)).float())
 
 
 def save_directions(directions: Directions, path: Path, weights: Path) -> None:
@@ -219,6 +228,23 @@ def interpolation(run, pairs: list[tuple[Score, Score]], steps: int = 11, seed: 
                 "in_key": [in_key(x) for x in on], "nats": nats[i],
                 "note_f1": [note_f1(mixes[0], a), *[np.nan] * (steps - 2), note_f1(mixes[-1], b)]}))
     return pd.concat(frames, ignore_index=True)
+
+
+def rowwise(run, pairs: list[tuple[Score, Score]], alpha: list[float]) -> pd.DataFrame:
+    """Bar by bar from a to b: each bar of a pair's window is mixed by its own `alpha` (see `generate.mix`) and decoded
+    greedily. One row for each pair and bar, with the Hamming distances `to_a` and `to_b` of that bar, as in
+    `interpolation`.
+
+    Raises ValueError where the latent's rows do not follow the bars.
+    """
+    z = run.encode_windows([window for pair in pairs for window in pair]).unflatten(0, (-1, 2))
+    mixes, rows = run.decode(torch.stack([mix(a, b, alpha, run.n_bars) for a, b in z])), []
+    for i, (score, (a, b)) in enumerate(zip(mixes, pairs, strict=True)):
+        lines, voices = np.array(bar_starts(a)[:run.n_bars + 1]) // GRID, voices_of(a, b)
+        on, on_a, on_b = (np.split(grid(x, voices, lines[-1])[0], lines[1:-1], axis=1) for x in (score, a, b))
+        rows += [{"pair": i, "bar": k + 1, "alpha": alpha[k], "to_a": (x != x_a).mean(), "to_b": (x != x_b).mean()}
+                 for k, (x, x_a, x_b) in enumerate(zip(on, on_a, on_b, strict=True))]
+    return pd.DataFrame(rows)
 
 
 def in_key(pitch: np.ndarray) -> float:
