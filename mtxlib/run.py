@@ -256,8 +256,7 @@ class Run:
         if directions is None:
             windows = [w for piece in self.pieces("train") for w in self.windows(piece.path)[2] if w.note_num()]
             values = np.array([[attribute(w) for attribute in ATTRIBUTES.values()] for w in windows])
-            told = ~np.isnan(values).any(1)
-            directions = find(self.encode_windows(windows)[told], values[told], list(ATTRIBUTES))
+            directions = find(self.encode_windows(windows), values, list(ATTRIBUTES))
             save_directions(directions, path, weights)
         return directions
 

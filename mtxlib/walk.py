@@ -1,7 +1,7 @@
 """Walks through the latent, measured on what the decoder makes of them: towards an attribute, and from piece to piece.
 
-A *direction* is what is added to a latent to change one attribute of the music by one standard deviation. A window is
-compared with another on its grid: voices by sixteenths, the pitch that sounds or none.
+A *direction* is what is added to a latent to change one attribute of the music and leave the others. Windows are
+compared on their grid: voices by sixteenths, the pitch that sounds or none.
 
 N windows, S latent rows, C latent channels, A attributes; V voices, T sixteenths.
 """
@@ -30,7 +30,7 @@ from .tokens import bar_starts
 
 DISSONANT = (1, 2, 6)  # interval classes: seconds, sevenths and the tritone, the dissonant ones of Huron 1994
 MAJOR_SCALE = (0, 2, 4, 5, 7, 9, 11)  # semitones above the tonic
-POSITIONS = (-3, -2, -1, 0, 1, 2, 3)  # of a slider, in standard deviations
+POSITIONS = (-3, -2, -1, 0, 1, 2, 3)  # of a slider, see `Directions.move`
 
 
 # -- attributes of a window -------------------------------------------------------------------------------------------
@@ -122,15 +122,22 @@ def norm(z: Tensor) -> Tensor:
 
 
 def find(z: Tensor, values: np.ndarray, names: list[str]) -> Directions:
-    """Directions from latents z (N, S, C) and the attributes of their windows, values (N, A).
+    """Directions from latents z (N, S, C) and the attributes of their windows, values (N, A); an attribute that most
+    windows do not have, such as the spread of a single voice, is left out.
 
     z is regressed on all attributes together: what the latent does when one of them changes and the others stay (the
     pattern of a forward model, not the weights of a filter: Haufe 2014, NeuroImage 87). All are made a third as long
     as a latent is on average.
     """
-    y = torch.from_numpy((values - values.mean(0)) / values.std(0)).float()
+    is_common = np.isfinite(values).mean(0) > 0.5
+    is_told = np.isfinite(values[:, is_common]).all(1)
+    z, values = z[torch.from_numpy(is_told)], values[is_told][:, is_common]
+    sd = values.std(0).clip(min=1e-9)
+    y = torch.from_numpy((values - values.mean(0)) / sd).float()
     vectors = torch.linalg.lstsq(y, (z - z.mean(0)).flatten(1)).solution.unflatten(1, z.shape[1:])
-    return Directions(names, vectors / norm(vectors) * norm(z).mean() / 3, torch.from_numpy(values.std(0)).float())
+    vectors = vectors / norm(vectors).clamp(min=1e-12) * norm(z).mean() / 3
+    return Directions([name for name, there in zip(names, is_common, strict=True) if there], vectors,
+                      torch.from_numpy(sd).float())
 
 
 def save_directions(directions: Directions, path: Path, weights: Path) -> None:

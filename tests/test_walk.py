@@ -92,6 +92,17 @@ def test_a_planted_direction_is_found_apart_from_what_goes_with_it():
     torch.testing.assert_close(directions.sd, torch.tensor([3.0, 0.1]), atol=0.01, rtol=0.05)
 
 
+def test_what_most_windows_lack_has_no_direction_and_a_window_without_an_attribute_does_not_count():
+    z, values, _ = planted()
+    alone = np.full(len(values), np.nan)
+    alone[:10] = 1.0
+    some = values.copy()
+    some[:50, 0] = np.nan
+    found = find(z, np.stack([some[:, 0], alone, some[:, 1]], 1), ["a", "alone", "b"])
+    expected = find(z[50:], values[50:], ["a", "b"])
+    assert found.names == ["a", "b"] and torch.equal(found.vectors, expected.vectors)
+
+
 def test_moving_turns_a_latent_and_keeps_its_length():
     directions = Directions(["a", "b"], torch.randn(2, 4, 3), torch.ones(2))
     z = torch.randn(5, 4, 3)
