@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 from symusic import Note, Score, Track
 from torch import Tensor
 
+from .config import PAD
 from .corpus import GRID, TPQ, VELOCITY, key_fits
 from .diagnose import note_counts
 from .files import atomic
 from .generate import mix, slerp
-from .measure import measure
+from .losses import kl_per_dim, reconstruction
 from .prior import digest
 from .tokens import bar_starts
 
@@ -171,7 +172,8 @@ def pairs_of(run, n: int = 100, split: str = "test", seed: int = 0) -> list[tupl
     Raises ValueError where there is none.
     """
     windows = [(i, [(m.time, m.numerator, m.denominator) for m in window.time_signatures], window)
-               for i, piece in enumerate(run.pieces(split)) for window in run.windows(piece.path)[2]]
+               for i, piece in enumerate(run.pieces(split)) for window in run.windows(piece.path)[2]
+               if window.note_num()]
     drawn = np.random.default_rng(seed).integers(len(windows), size=(20 * n, 2)).tolist()
     pairs = [(windows[i][2], windows[j][2]) for i, j in drawn
              if windows[i][0] != windows[j][0] and windows[i][1] == windows[j][1]]
@@ -266,12 +268,20 @@ def note_f1(a: Score, b: Score) -> float:
     return 2 * (a & b).total() / max(1, a.total() + b.total())
 
 
+@torch.no_grad()
 def cost(run, scores: list[Score], seed: int = 0) -> np.ndarray:
     """Negative ELBO of windows in nats (N,), one sample of the posterior each; nan where one exceeds `max_tokens`."""
     windows, nats = run.pack(scores), np.full(len(scores), np.nan)
-    known = np.flatnonzero(windows.lengths <= run.config.model.max_tokens)
-    m = measure(run.model, windows, known, seed=seed)
-    nats[known] = m.recon + m.kl.sum((1, 2))
+    generator = torch.Generator(run.device).manual_seed(seed)
+    order = np.argsort(windows.lengths, kind="stable")
+    order = order[windows.lengths[order] <= run.config.model.max_tokens]
+    for part in (order[i:i + 64] for i in range(0, len(order), 64)):
+        ids, slots = windows.batch(part).to(run.device)
+        posterior = run.model.encode(ids, slots)
+        z = run.model.reparameterize(posterior, generator)
+        logits = run.model.decode(ids[:, :-1], slots[:, :-1], z, posterior.is_live)
+        recon = reconstruction(logits, ids[:, 1:], ids[:, 1:] == PAD)
+        nats[part] = (recon + kl_per_dim(*posterior).sum((1, 2))).cpu()
     return nats
 
 
