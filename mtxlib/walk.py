@@ -105,9 +105,9 @@ class Directions:
     def move(self, z: Tensor, amounts: dict[str, float]) -> Tensor:
         """Latents (S, C) or (N, S, C), moved by `amounts`, sensibly -3 to 3, and brought back to the length they had.
 
-        One unit is a third of the length of a latent, about what moves the attribute of decoded music by one standard
-        deviation (`responses` measures it); three units turn a latent by 45 degrees. Raises ValueError for a name that
-        is no attribute and for latents of another shape.
+        One unit is a third of the length of a latent; the attribute of the decoded music follows by half a standard
+        deviation to one (`responses` measures it). Three units turn a latent by 45 degrees. Raises ValueError for a
+        name that is no attribute and for latents of another shape.
         """
         unknown = sorted(set(amounts) - set(self.names))
         if unknown or z.shape[-2:] != self.vectors.shape[1:]:
