@@ -255,17 +255,24 @@ def tune_of(score: Score) -> str:
     return hashlib.sha256(str(intervals[:10]).encode()).hexdigest()[:12]
 
 
-def key_of(score: Score) -> str:
-    """The key whose profile correlates best with the durations of the pitch classes (Krumhansl 1990, chapter 4)."""
+def key_fits(score: Score) -> dict[str, float]:
+    """How the durations of the pitch classes correlate with the profile of each of the 24 keys, the best fit being the
+    key (Krumhansl 1990, chapter 4); empty where nothing tells the keys apart."""
     weights = np.zeros(12)
     for t in score.tracks:
         if not t.is_drum:
             notes = t.notes.numpy()
             np.add.at(weights, notes["pitch"] % 12, notes["duration"])
     if not weights.std():
-        return ""
-    return max((np.corrcoef(np.roll(profile, i), weights)[0, 1], f"{tonic} {mode}")
-               for mode, (tonics, profile) in KEYS.items() for i, tonic in enumerate(tonics.split()))[1]
+        return {}
+    return {f"{tonic} {mode}": np.corrcoef(np.roll(profile, i), weights)[0, 1]
+            for mode, (tonics, profile) in KEYS.items() for i, tonic in enumerate(tonics.split())}
+
+
+def key_of(score: Score) -> str:
+    """The key that fits best, "" where there is none."""
+    fits = key_fits(score)
+    return max(fits, key=lambda key: (fits[key], key), default="")
 
 
 def split_by_tune(tunes: Iterable[str], taken: dict[str, str]) -> dict[str, str]:

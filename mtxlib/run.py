@@ -7,6 +7,7 @@ from __future__ import annotations  # symusic.Score is no class: `Path | Score` 
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
@@ -21,6 +22,7 @@ from .generate import decode, mix, prior_latents, slerp
 from .model import MusicVAE
 from .prior import RowPrior, fit, lay, lines_of, load_prior, save_prior
 from .tokens import Codec, bar_starts, chain, cut, join, load_tokenizer, tokenize, window_bars
+from .walk import ATTRIBUTES, Directions, find, load_directions, save_directions
 
 BATCH = 128  # windows encoded or decoded at once
 
@@ -103,11 +105,15 @@ class Run:
             raise ValueError("music: expected at least one path or score, got an empty list")
         return self.encode_windows([w for piece in music for w in self.windows(piece)[2]])
 
+    def pack(self, windows: list[Score]) -> Windows:
+        """Scores that are windows already, as tokens."""
+        sequences = self.codec.encode(windows)
+        return Windows.pack(sequences, self.codec.slots(sequences), [(0, 0, 0, 0)] * len(sequences))
+
     @torch.no_grad()
     def encode_windows(self, windows: list[Score]) -> Tensor:
         """Posterior means (N, S, C) of scores that are windows already."""
-        sequences = self.codec.encode(windows)
-        packed = Windows.pack(sequences, self.codec.slots(sequences), [(0, 0, 0, 0)] * len(sequences))
+        packed = self.pack(windows)
         mus = []
         for i in range(0, len(packed), BATCH):
             batch = packed.batch(range(i, min(i + BATCH, len(packed)))).to(self.device)
@@ -238,6 +244,21 @@ class Run:
         self.prior, figures = fit(lines, held_out, self.config.model.rows_per_bar, steps=steps, seed=seed)
         save_prior(self.prior, self.folder / "prior.safetensors", self.folder / "model.safetensors")
         return figures
+
+    def directions(self) -> Directions:
+        """Where the latent changes the attributes of the music: found on the training split, and kept in the run's
+        folder. Raises ValueError where windows do not all have the same latent rows."""
+        if self.config.model.bottleneck not in ("rows", "linear1d"):
+            raise ValueError("bottleneck: expected rows or linear1d, whose latents all have one shape, got "
+                             f"{self.config.model.bottleneck!r}")
+        path, weights = self.folder / "directions.safetensors", self.folder / "model.safetensors"
+        directions = load_directions(path, weights)
+        if directions is None:
+            windows = [w for piece in self.pieces("train") for w in self.windows(piece.path)[2] if w.note_num()]
+            values = np.array([[attribute(w) for attribute in ATTRIBUTES.values()] for w in windows])
+            directions = find(self.encode_windows(windows), values, list(ATTRIBUTES))
+            save_directions(directions, path, weights)
+        return directions
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 

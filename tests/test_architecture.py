@@ -14,6 +14,7 @@ FLOORS = (
     ("corpus", "data", "model"),
     ("tokens", "generate", "measure"),
     ("diagnose", "prior", "show", "train"),
+    ("walk",),
     ("judge", "run"),
     ("morph", "steer", "workbook"),
 )
