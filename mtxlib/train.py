@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from .config import PAD, Config, TrainConfig
 from .data import Batch, TokenDropout, TokenStore, epoch_batches
-from .files import atomic, atomic_text
+from .files import append, atomic, atomic_text
 from .losses import Terms, beta_at, kl_per_dim, lr_at, objective, rate_at, reconstruction, steer
 from .measure import Measured, measure
 from .model import MusicVAE
@@ -308,8 +308,7 @@ def save_weights(model: MusicVAE, path: Path, config: Config, lengths: np.ndarra
 
 
 def write_lines(path: Path, wandb_run, lines: list[dict]) -> None:
-    with path.open("a") as f:
-        f.writelines(json.dumps(line) + "\n" for line in lines)
+    append(path, map(json.dumps, lines))
     for line in lines if wandb_run else []:
         wandb_run.log({f"{line['split']}/{k}": v for k, v in line.items() if k not in ("step", "split")},
                       step=line["step"])

@@ -10,7 +10,7 @@ import pytest
 import mtxlib
 
 FLOORS = (
-    ("config", "files", "layers", "losses"),
+    ("config", "files", "layers", "losses", "processes"),
     ("corpus", "data", "model"),
     ("tokens", "generate", "measure"),
     ("diagnose", "prior", "show", "train"),

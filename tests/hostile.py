@@ -1,0 +1,98 @@
+"""MIDI files made to break a reader, the same for the same number; `python tests/hostile.py 2000` prints what
+becomes of them."""
+
+import random
+import struct
+
+from symusic import Note, Score, TimeSignature, Track
+
+KINDS = ("flipped", "cut", "garbage", "empty", "tempo", "far", "long", "tracks", "ticks", "metres", "sysex", "running",
+         "lengths", "dense", "grown")
+
+
+def good(seed: int, n_tracks: int = 4, n: int = 64) -> Score:
+    r, score = random.Random(seed), Score(480)
+    score.time_signatures.append(TimeSignature(0, *r.choice([(4, 4), (3, 4), (6, 8)])))
+    for voice in range(n_tracks):
+        score.tracks.append(Track("", 0, False))
+        score.tracks[-1].notes.extend([Note(240 * i, 240, 72 - 7 * (voice % 5) + r.randrange(5), 80) for i in range(n)])
+    return score
+
+
+def variable(n: int) -> bytes:
+    """A variable-length quantity."""
+    out = [n & 127]
+    while n := n >> 7:
+        out.append(128 | n & 127)
+    return bytes(reversed(out))
+
+
+def chunk(events: bytes, end: bytes = b"\0\xff\x2f\0") -> bytes:
+    return b"MTrk" + struct.pack(">I", len(events) + len(end)) + events + end
+
+
+def midi(*tracks: bytes, ticks: int = 480) -> bytes:
+    return b"MThd" + struct.pack(">IHHH", 6, 1, len(tracks) & 0xFFFF, ticks & 0xFFFF) + b"".join(tracks)
+
+
+def note(wait: int, length: int, pitch: int = 60) -> bytes:
+    return variable(wait) + bytes([0x90, pitch, 80]) + variable(length) + bytes([0x80, pitch, 0])
+
+
+def hostile(seed: int, data: bytes = b"") -> tuple[str, bytes]:
+    """(kind, file), mutated from `data` or from a small score where the kind mutates."""
+    r = random.Random(seed)
+    kind = KINDS[seed % len(KINDS)]
+    data = data or good(seed).dumps_midi()
+    limit = 2**28 - 1  # the longest wait
+    if kind == "flipped":
+        flipped = bytearray(data)
+        for _ in range(r.choice((1, 3, 10, 100))):
+            flipped[r.randrange(r.choice((30, len(data))))] = r.randrange(256)
+        return kind, bytes(flipped)
+    if kind == "cut":
+        return kind, data[:r.randrange(len(data))]
+    if kind == "garbage":
+        at = r.randrange(len(data))
+        return kind, data[:at] + r.randbytes(r.randrange(1, 200)) + data[at + r.choice((0, 50)):]
+    if kind == "empty":
+        return kind, r.choice((b"", b"MThd", bytes(100), midi(), midi(chunk(b"")), data[:14], r.randbytes(64)))
+    if kind == "tempo":
+        tempos = b"".join(variable(r.choice((0, 1, limit))) + b"\xff\x51\x03" + r.choice((bytes(3), b"\xff" * 3,
+                          r.randbytes(3))) for _ in range(r.choice((1, 2, 20_000))))
+        return kind, midi(chunk(tempos), chunk(note(0, 480) * 9))
+    if kind == "far":
+        return kind, midi(chunk(note(r.choice((limit, 1920 * 1_000_000, 480)), 480) * r.choice((1, 2, 40))),
+                          ticks=r.choice((1, 480)))
+    if kind == "long":
+        length = min(1920 * 1_000_000, limit)
+        return kind, midi(chunk(note(0, length) + note(0, 480) * 4), ticks=r.choice((1, 24, 480)))
+    if kind == "tracks":
+        n = r.choice((129, 10_000, 65_535))
+        return kind, midi(*[chunk(note(0, 480))] * n)
+    if kind == "ticks":
+        return kind, midi(*[chunk(note(0, 480) * 9)] * 4, ticks=r.choice((0, 1, 3, 0x7FFF, 0x8000, 0xE250, 0xFFFF)))
+    if kind == "metres":
+        n = r.choice((300, 30_000))
+        storm = b"".join(variable(r.choice((0, 1, 120, 480))) + b"\xff\x58\x04"
+                         + bytes([r.randrange(r.choice((8, 256))), r.randrange(r.choice((5, 256))), 24, 8])
+                         for _ in range(n))
+        return kind, midi(chunk(storm), *[chunk(note(0, 480) * 400)] * 4)
+    if kind == "sysex":
+        size = r.choice((5, 3000, limit))
+        junk = b"\0" + r.choice((b"\xf0", b"\xf7")) + variable(size) + r.randbytes(min(size, 3000))
+        return kind, midi(chunk(note(0, 480) * 4 + junk + note(0, 480) * 4))
+    if kind == "running":
+        events = b"".join(variable(r.randrange(200)) + bytes(r.randrange(256) for _ in range(r.choice((1, 2, 3))))
+                          for _ in range(r.randrange(500)))
+        return kind, midi(chunk(events), chunk(note(0, 480) * 4))
+    if kind == "lengths":
+        wrong = bytearray(midi(*[chunk(note(0, 480) * 9)] * 4))
+        at = wrong.index(b"MTrk", r.choice((0, 30))) + 4
+        wrong[at:at + 4] = struct.pack(">I", r.choice((0, 1, 2**31, 2**32 - 1, r.randrange(2000))))
+        return kind, bytes(wrong)
+    if kind == "dense":
+        n = r.choice((3000, 40_000, 300_000))
+        hits = b"".join(b"\0" + bytes([0x90 + i % 9, 21 + i % 88, 80]) for i in range(n))
+        return kind, midi(*[chunk(hits + b"\x83\x60" + hits.replace(b"\x50", b"\0"))] * r.choice((1, 4)))
+    return kind, data + r.randbytes(r.choice((1, 3000, 6_000_000)))
