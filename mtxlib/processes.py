@@ -48,7 +48,7 @@ def apart(function: str, tasks: Iterable[tuple], workers: int | None = None,
             code = here.process.wait()
             del here.process
             late = time.monotonic() - begin >= limit
-            return None, f"timed out: {limit:g} s" if late else f"crashed its reader: {code}"
+            return None, f"timed out: {limit:g} s" if late else f"crashed its process: {code}"
         finally:
             timer.cancel()
         if error:

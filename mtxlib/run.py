@@ -63,6 +63,10 @@ def load_weights(path: Path, config: Config) -> tuple[MusicVAE, dict[str, str]]:
     return model, metadata
 
 
+def name_of(music: str | Path | Score) -> str:
+    return "the score" if isinstance(music, Score) else str(music)
+
+
 class Run:
     """A model with its tokenizer. `mean_tokens`: of the windows it was trained on; no decoding exceeds `max_tokens`."""
 
@@ -85,17 +89,22 @@ class Run:
         known = set(self.codec.tokenizer.config.programs)
         alien = sorted({-1 if t.is_drum else t.program for t in score.tracks if len(t.notes)} - known)
         if alien:
-            raise ValueError(f"{music if isinstance(music, (str, Path)) else 'the score'}: expected voices with the "
+            raise ValueError(f"{name_of(music)}: expected voices with the "
                              f"programs {sorted(known)} (four voices of a chorale get them by themselves), got {alien}")
         return score
 
     def windows(self, music: str | Path | Score) -> tuple[Score, list[int], list[Score]]:
         """The normalised score, the first bar of each window, and the windows: end to end, the last one ending with the
-        piece, over bars of the one before where it has to."""
+        piece, over bars of the one before where it has to. ValueError where one has more notes than `max_tokens`."""
         score = self.score(music)
         starts = bar_starts(score)
         bars = window_bars(len(starts) - 1, self.n_bars, self.n_bars)
-        return score, bars, [cut(score, starts, bar, self.n_bars) for bar in bars]
+        windows, limit = [cut(score, starts, bar, self.n_bars) for bar in bars], self.config.model.max_tokens
+        for bar, window in zip(bars, windows, strict=True):
+            if window.note_num() > limit:
+                raise ValueError(f"{name_of(music)}: expected at most {limit} notes in {self.n_bars} bars, got "
+                                 f"{window.note_num():,} from bar {bar + 1} on")
+        return score, bars, windows
 
     def encode(self, music: list[str | Path | Score]) -> Tensor:
         """Posterior means (N, S, C) of the windows of all pieces, one after the other, `n_bars` bars each."""

@@ -92,7 +92,8 @@ def hostile(seed: int, data: bytes = b"") -> tuple[str, bytes]:
         wrong[at:at + 4] = struct.pack(">I", r.choice((0, 1, 2**31, 2**32 - 1, r.randrange(2000))))
         return kind, bytes(wrong)
     if kind == "dense":
-        n = r.choice((3000, 40_000, 300_000))
-        hits = b"".join(b"\0" + bytes([0x90 + i % 9, 21 + i % 88, 80]) for i in range(n))
-        return kind, midi(*[chunk(hits + b"\x83\x60" + hits.replace(b"\x50", b"\0"))] * r.choice((1, 4)))
+        pitches = range(21, 109)  # each on every 16th
+        on, off = (b"".join(b"\0" + bytes([0x90, pitch, velocity]) for pitch in pitches) for velocity in (80, 0))
+        beat = on + variable(120) + off[1:]
+        return kind, midi(*[chunk(beat * 16 * r.choice((1, 4, 40)))] * r.choice((1, 4)))
     return kind, data + r.randbytes(r.choice((1, 3000, 6_000_000)))
