@@ -29,7 +29,7 @@ import numpy as np
 from symusic import Note, Score, Tempo, TimeSignature, Track
 from tqdm.auto import tqdm
 
-from .files import append, atomic, atomic_text
+from .files import append, atomic, atomic_text, brief
 from .processes import apart
 
 FORM = 1  # raise it when the normal form or the manifest changes: older caches are then rebuilt
@@ -160,6 +160,7 @@ def normalise(score: Score) -> Score:
         raise Unusable("no notes")
     onsets = np.concatenate([notes[:, 0] for *_, notes in parts])
     metres, skip = metre_grid(score, int(onsets.min()), int(onsets.max()))
+    within("too many bars", (int(onsets.max()) - skip) // max(BY_LENGTH), MAX_BARS)  # at least so many: ticks are int32
     result = Score(TPQ)
     tempo = score.tempos[0].qpm if len(score.tempos) else TEMPO
     result.tempos.append(Tempo(0, tempo if 20 <= tempo <= 300 else TEMPO))
@@ -401,7 +402,7 @@ READERS = {"midi": lambda path: parse_midi(read_bytes(path)), "bytes": lambda te
 
 
 def reason(e: Exception) -> str:
-    return str(e) if isinstance(e, Unusable) else f"broken: {type(e).__name__}: {' '.join(str(e).split())[:160]}"
+    return str(e) if isinstance(e, Unusable) else f"broken: {brief(e)}"
 
 
 # ---- sources: what each has to read, as (name, kind of reader or why it is left out, input of the reader, own split)

@@ -113,8 +113,9 @@ class Windows:
     @classmethod
     def pack(cls, sequences: list[np.ndarray], slots: list[np.ndarray], windows: list[tuple] | np.ndarray) -> "Windows":
         """From one array a window; they stay in memory."""
-        return cls(np.concatenate(sequences), np.concatenate(slots), np.cumsum([0] + [len(s) for s in sequences]),
-                   np.array(windows, dtype=WINDOW))
+        none = np.zeros(0, int)
+        return cls(np.concatenate([none, *sequences]), np.concatenate([none, *slots]),
+                   np.cumsum([0] + [len(s) for s in sequences]), np.array(windows, dtype=WINDOW))
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -138,7 +139,8 @@ class Windows:
 
 
 class TokenStore(Windows):
-    """A store on disk, memory-mapped. Raises FileNotFoundError with what to do when there is none."""
+    """A store on disk, memory-mapped. Raises FileNotFoundError, with what to do, when there is none, ValueError when it
+    is not whole."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -149,8 +151,14 @@ class TokenStore(Windows):
         self.vocab_size, self.n_bars, self.pieces = meta["vocab_size"], meta["n_bars"], meta["pieces"]
         self.table = SlotTable(meta["slot_table"], self.n_bars)
         self.is_structure = torch.tensor(meta["is_structure"])
-        super().__init__(*(np.load(self.folder / f"{name}.npy", mmap_mode="r")
-                           for name in ARRAYS))
+        super().__init__(*(self.load(self.folder / f"{name}.npy") for name in ARRAYS))
+
+    def load(self, path: Path) -> np.ndarray:
+        try:
+            return np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as e:
+            raise ValueError(f"{path}: expected an array of a token store, got something else ({e}): delete "
+                             f"{self.folder} and build the store again") from e
 
 
 def pad_sequences(sequences: list[np.ndarray]) -> Tensor:

@@ -1,4 +1,5 @@
-"""Atomic writes: what a file held before is there until what comes after is whole; and lines added to a log."""
+"""Atomic writes: what a file held before is there until what comes after is whole; lines added to a log; errors
+in a few words."""
 
 import os
 import tempfile
@@ -42,3 +43,8 @@ def append(path: str | Path, lines: Iterable[str]) -> None:
     """Add lines to a log. A full disk may leave a part of one: readers skip a last line without its end."""
     with writing(path), Path(path).open("a") as f:
         f.writelines(f"{line}\n" for line in lines)
+
+
+def brief(e: BaseException) -> str:
+    """The kind and the first words of an error, on one line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"

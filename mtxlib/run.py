@@ -55,10 +55,14 @@ def load_weights(path: Path, config: Config) -> tuple[MusicVAE, dict[str, str]]:
         raise ValueError(f"{path}: expected weights as safetensors, got something else ({e})") from e
     if metadata.get("format") != "mtxlib":
         raise ValueError(f"{path}: expected weights saved by mtxlib.train, got a safetensors file without its mark")
-    model = MusicVAE(config.model, int(metadata["vocab_size"]), int(metadata["n_bars"]))
     try:
-        load_model(model, path)
-    except RuntimeError as e:
+        sizes = config.model, int(metadata["vocab_size"]), int(metadata["n_bars"])
+        with torch.device("meta"):  # no memory for a size that the file only claims
+            n_bytes = sum(p.numel() * 2 for p in MusicVAE(*sizes).parameters())
+        if n_bytes > path.stat().st_size:
+            raise ValueError(f"expected {n_bytes:,} bytes or more, got {path.stat().st_size:,}")
+        load_model(model := MusicVAE(*sizes), path)
+    except (KeyError, RuntimeError, ValueError) as e:
         raise ValueError(f"{path} does not fit the config.json beside it: {e}") from e
     return model, metadata
 

@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 from .config import BOS, EOS, N_SPECIAL, Config, DataConfig
 from .corpus import MAX_BEATS, METRES, TEMPO, TPQ, VOICES, Piece
 from .data import ARRAYS, SPLITS, Grammar, SlotTable, TokenStore, Windows, id_type, pad_sequences, write_store
-from .files import atomic
-from .processes import apart
+from .files import atomic, brief
+from .processes import apart, cores
 
 PITCHES = (21, 109)  # the piano's range; the upper end is excluded
 KEYS = range(-5, 7)  # semitones of transposition: each of the twelve keys once
@@ -55,9 +55,11 @@ def load_tokenizer(path: str | Path) -> MusicTokenizer:
     """The tokenizer that `tokenizer.save` wrote; its class is named in the file. Raises ValueError if it is not one."""
     try:
         name = json.loads(Path(path).read_text())["tokenization"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: expected a tokenizer saved by MidiTok, got something else ({e})") from e
-    return getattr(miditok, name)(params=path)
+        if name not in FOLLOWS:
+            raise ValueError(f"tokenization: expected one of {', '.join(FOLLOWS)}, got {name!r}")
+        return getattr(miditok, name)(params=path)
+    except Exception as e:  # MidiTok and tokenizers raise of every kind on a file of another shape
+        raise ValueError(f"{path}: expected a tokenizer saved by MidiTok, got something else ({brief(e)})") from e
 
 
 # -- windows ------------------------------------------------------------------------------------------------------
@@ -372,7 +374,7 @@ def build_store(config: Config, pieces: list[Piece], workers: int | None = None)
     not grow with the corpus, and a call that was stopped goes on with the shards that are missing. Raises ValueError
     when a split that training needs has no piece.
     """
-    folder, data = store_folder(config, pieces), config.data
+    folder, data, workers = store_folder(config, pieces), config.data, workers or cores()
     if (folder / "meta.json").exists():
         return TokenStore(folder)
     for split in ("train", "valid"):
@@ -392,7 +394,7 @@ def build_store(config: Config, pieces: list[Piece], workers: int | None = None)
         missing = [shard for shard in shards if not Path(shard[0]).exists()]
         with tqdm(total=len(pieces), desc="tokenizing", unit=" pieces") as bar:
             bar.update(len(pieces) - sum(len(shard[2]) for shard in missing))
-            done = (apart("mtxlib.tokens:write_shard", missing, workers) if workers != 1 and len(missing) > 1
+            done = (apart("mtxlib.tokens:write_shard", missing, workers) if workers > 1 and len(missing) > 1
                     else ((write_shard(*shard), "") for shard in missing))
             for (n, why), shard in zip(done, missing, strict=True):
                 if why:
@@ -403,15 +405,15 @@ def build_store(config: Config, pieces: list[Piece], workers: int | None = None)
                 "is_structure": codec.is_structure.tolist(),
                 "pieces": [{"name": p.name, "source": p.source, "key": p.key} for p in pieces]}
         store = write_store(folder, (read_shard(shard[0]) for shard in shards), meta, save=codec.tokenizer.save)
+        n_long = sum(int(np.load(shard[0])["n_long"]) for shard in shards)
+        if n_long:
+            print(f"{n_long} of {len(store) + n_long} windows left out: longer than max_tokens = "
+                  f"{config.model.max_tokens}")
     except OSError:
         if not (folder / "meta.json").exists():  # if it is, another process was faster and has cleaned up
             raise
-        store = TokenStore(folder)
-    n_long = sum(int(np.load(shard[0])["n_long"]) for shard in shards)
-    if n_long:
-        print(f"{n_long} of {len(store) + n_long} windows left out: longer than max_tokens = {config.model.max_tokens}")
     shutil.rmtree(parts, ignore_errors=True)
-    return store
+    return TokenStore(folder)
 
 
 def sample(codec: Codec, pieces: list[Piece], data: DataConfig) -> list[np.ndarray]:
