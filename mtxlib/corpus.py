@@ -309,7 +309,9 @@ def read_bytes(path: str) -> bytes:
 def parse_midi(data: bytes) -> Score:
     if data[:4] != b"MThd":
         raise Unusable("not MIDI: no MThd header" if data else "empty: 0 bytes")
-    expected, found = int.from_bytes(data[10:12], "big"), data.count(b"MTrk")
+    expected, found, at = int.from_bytes(data[10:12], "big"), 0, 14
+    while (end := at + 8 + int.from_bytes(data[at + 4:at + 8], "big")) <= len(data):
+        found, at = found + (data[at:at + 4] == b"MTrk"), end
     if found < expected or data[12:14] == b"\0\0":
         raise Unusable(f"broken: {found} of {expected} tracks, {int.from_bytes(data[12:14], 'big')} ticks per quarter")
     return Score.from_midi(data)

@@ -1,5 +1,5 @@
 """MIDI files made to break a reader, the same for the same number; `python tests/hostile.py 2000` prints what
-becomes of them."""
+becomes of them, `python tests/hostile.py 2000 jsfakes.zip` with real files among those that are mutated."""
 
 import random
 import struct
@@ -60,13 +60,14 @@ def hostile(seed: int, data: bytes = b"") -> tuple[str, bytes]:
     if kind == "tempo":
         tempos = b"".join(variable(r.choice((0, 1, limit))) + b"\xff\x51\x03" + r.choice((bytes(3), b"\xff" * 3,
                           r.randbytes(3))) for _ in range(r.choice((1, 2, 20_000))))
-        return kind, midi(chunk(tempos), chunk(note(0, 480) * 9))
+        return kind, midi(chunk(tempos), *[chunk(note(0, 480) * 9)] * 4)
     if kind == "far":
-        return kind, midi(chunk(note(r.choice((limit, 1920 * 1_000_000, 480)), 480) * r.choice((1, 2, 40))),
-                          ticks=r.choice((1, 480)))
+        far_on = note(r.choice((limit, 1920 * 100_000, 1920 * 900, 480)), 480) * r.choice((1, 2, 4, 40))
+        return kind, midi(*[chunk(far_on)] * 4, ticks=r.choice((1, 480)))
     if kind == "long":
         length = min(1920 * 1_000_000, limit)
-        return kind, midi(chunk(note(0, length) + note(0, 480) * 4), ticks=r.choice((1, 24, 480)))
+        after = r.choice((0, 4))
+        return kind, midi(*[chunk(note(0, length) + note(0, 480) * after)] * 4, ticks=r.choice((1, 24, 480)))
     if kind == "tracks":
         n = r.choice((129, 10_000, 65_535))
         return kind, midi(*[chunk(note(0, 480))] * n)
@@ -81,11 +82,11 @@ def hostile(seed: int, data: bytes = b"") -> tuple[str, bytes]:
     if kind == "sysex":
         size = r.choice((5, 3000, limit))
         junk = b"\0" + r.choice((b"\xf0", b"\xf7")) + variable(size) + r.randbytes(min(size, 3000))
-        return kind, midi(chunk(note(0, 480) * 4 + junk + note(0, 480) * 4))
+        return kind, midi(*[chunk(note(0, 480) * 4 + junk + note(0, 480) * 4)] * 4)
     if kind == "running":
         events = b"".join(variable(r.randrange(200)) + bytes(r.randrange(256) for _ in range(r.choice((1, 2, 3))))
                           for _ in range(r.randrange(500)))
-        return kind, midi(chunk(events), chunk(note(0, 480) * 4))
+        return kind, midi(chunk(events), *[chunk(note(0, 480) * 4)] * r.choice((3, 4)))
     if kind == "lengths":
         wrong = bytearray(midi(*[chunk(note(0, 480) * 9)] * 4))
         at = wrong.index(b"MTrk", r.choice((0, 30))) + 4
@@ -97,3 +98,58 @@ def hostile(seed: int, data: bytes = b"") -> tuple[str, bytes]:
         beat = on + variable(120) + off[1:]
         return kind, midi(*[chunk(beat * 16 * r.choice((1, 4, 40)))] * r.choice((1, 4)))
     return kind, data + r.randbytes(r.choice((1, 3000, 6_000_000)))
+
+
+def main(n: int, archive: str = "") -> None:
+    """Through corpus, `run.encode` and `read_safely`, the way of uploads. Where a kind mutates, every second file is a
+    real one from `archive`, a zip of MIDI."""
+    import tempfile
+    import time
+    import zipfile
+    from collections import Counter
+    from pathlib import Path
+
+    import mtxlib
+    from mtxlib.corpus import read_apart, read_safely
+
+    real = []
+    if archive:
+        with zipfile.ZipFile(archive) as z:
+            real = [z.read(name) for name in z.namelist() if name.endswith(".mid")]
+    run = mtxlib.load_run(mtxlib.ROOT / "outputs" / "reference", "cpu")
+    outcomes, slowest = Counter(), dict.fromkeys(("corpus", "encode", "upload"), (0.0, ""))
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(n):
+            kind, data = hostile(i, real[i % len(real)] if real and i // len(KINDS) % 2 else b"")
+            file = Path(folder, f"{i:05}-{kind}.mid")
+            file.write_bytes(data)
+        files = sorted(Path(folder).iterdir())
+
+        def note(way: str, file: Path, begin: float, why: str) -> None:
+            why = why.removeprefix(f"{file}: ").removeprefix("the file: ").split(":")[0][:40]
+            outcomes[file.stem[6:], way, why] += 1
+            slowest[way] = max(slowest[way], (time.monotonic() - begin, file.name))
+
+        tasks = [(f.name, "midi", str(f), "", str(f.with_suffix(".out"))) for f in files]
+        begin = time.monotonic()
+        for file, entry in zip(files, read_apart(tasks, 1), strict=True):
+            note("corpus", file, begin, entry.get("skipped", "kept"))
+            begin = time.monotonic()
+        ways = {"encode": lambda file: run.encode([file]), "upload": lambda file: read_safely(file.read_bytes())}
+        for way, call in ways.items():
+            for file in files:
+                begin = time.monotonic()
+                try:
+                    call(file)
+                    note(way, file, begin, "kept")
+                except ValueError as e:
+                    note(way, file, begin, str(e))
+    for (kind, way, why), number in sorted(outcomes.items()):
+        print(f"{kind:8} {way:7} {number:4} {why}")
+    print("slowest, in seconds:", slowest)
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(int(sys.argv[1]), *sys.argv[2:])
