@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
-SETTINGS = '{"source": "folder", "archive": %r, "data_dir": %r, "steps": 50, "eval_every": 50, "eval_windows": 64, ' \
-           '"wandb": "off"}'
+SETTINGS = '{"source": "folder", "archive": %r, "data_dir": %r, "hop": 4, "steps": 50, "eval_every": 50, ' \
+           '"eval_windows": 64, "wandb": "off"}'
 PIECES = 'pieces = load_corpus("folder", c.data.data_dir, archive=c.data.archive)\n'
 STAGES = {
     "corpus": PIECES,
