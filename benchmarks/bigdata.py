@@ -4,6 +4,8 @@ FOLDER as `make_folk.py` makes it; N files of it (default 1000 and 10000). Peak 
 process and all that it started, summed, so pages they share count more than once.
 """
 
+import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -23,20 +25,18 @@ STAGES = {
                 "del pieces\ntrain(c.replace(store=str(folder)), sys.argv[1], 'cpu')"}
 
 
-def measure(code: str, *args: str) -> tuple[float, float]:
-    """Seconds, and the peak of the memory in GB."""
-    begin, peak = time.monotonic(), 0
-    process = psutil.Process(subprocess.Popen([sys.executable, "-c", code, *args], stderr=subprocess.DEVNULL).pid)
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        total = 0
-        for p in [process, *process.children(recursive=True)]:
-            try:
-                total += p.memory_info().rss
-            except psutil.NoSuchProcess:
-                pass
-        peak = max(peak, total)
+def measure(code: str, *args: str) -> tuple[float, float, float]:
+    """Seconds, seconds of all cores, and the peak of the memory in GB."""
+    begin, peak, before = time.monotonic(), 0, os.times()
+    process = subprocess.Popen([sys.executable, "-c", code, *args], stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that ends just now
+            tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            peak = max(peak, sum(p.memory_info().rss for p in tree))
         time.sleep(0.05)
-    return time.monotonic() - begin, peak / 1e9
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.monotonic() - begin, cpu, peak / 1e9
 
 
 def main(folder: Path, data_dir: Path, numbers: list[int]) -> None:
@@ -49,8 +49,9 @@ def main(folder: Path, data_dir: Path, numbers: list[int]) -> None:
         head = ("import sys\nfrom mtxlib.config import Config\nfrom mtxlib.corpus import load_corpus\n"
                 f"c = Config.from_flat({SETTINGS % (str(part), str(data_dir / 'data'))})\n")
         for name, code in STAGES.items():
-            seconds, gigabytes = measure(head + code, str(data_dir / f"run{n}"))
-            print(f"{n} files, {name}: {seconds:.1f} s, {n / seconds:.0f} files/s, peak {gigabytes:.2f} GB", flush=True)
+            seconds, cpu, gigabytes = measure(head + code, str(data_dir / f"run{n}"))
+            print(f"{n} files, {name}: {seconds:.1f} s, {n / seconds:.0f} files/s, {cpu:.1f} s of cores, peak "
+                  f"{gigabytes:.2f} GB", flush=True)
 
 
 if __name__ == "__main__":

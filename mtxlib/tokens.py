@@ -239,19 +239,16 @@ class Codec:
         self.tokenizer.train(vocab_size=vocab_size, iterator=list(map(self.words, sequences)))
         return Codec(self.tokenizer, self.n_bars)
 
-    def compress(self, words: list[list[str]]) -> list[np.ndarray]:
-        """Words of each sequence -> ids with BOS and EOS. Each different word is coded once; a SPACE that stays alone
-        stands for nothing and is left out."""
+    def finish(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
+        """Base ids -> ids, `BOS … EOS`, BPE applied if it has been learned: each different word is coded once; a SPACE
+        that stays alone stands for nothing and is left out."""
+        if not self.tokenizer.is_trained:
+            return [np.concatenate([[BOS], ids, [EOS]]) for ids in sequences]
+        words = list(map(self.words, sequences))
         unique = sorted({w for ws in words for w in ws})
         codes = self.tokenizer._model.encode_batch([[w] for w in unique], is_pretokenized=True)
         code = {w: [i for i in c.ids if self.expansion[i]] for w, c in zip(unique, codes, strict=True)}
         return [np.array([BOS, *(i for w in ws for i in code[w]), EOS]) for ws in words]
-
-    def finish(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
-        """Base ids -> ids, `BOS … EOS`, BPE applied if it has been learned."""
-        if self.tokenizer.is_trained:
-            return self.compress(list(map(self.words, sequences)))
-        return [np.concatenate([[BOS], ids, [EOS]]) for ids in sequences]
 
     def encode(self, windows: list[Score]) -> list[np.ndarray]:
         """Windows -> ids, `BOS … EOS`."""
