@@ -359,14 +359,13 @@ def voices_of(part) -> list[list[tuple]]:
     voices is the upper one's."""
     lines, n_bars, n_double = ([], []), 0, 0
     for m in part.getElementsByClass("Measure"):
-        voices = sorted(m.voices, key=lambda voice: int(voice.id)) if len(m.voices) else [m]
+        voices = sorted(m.voices, key=lambda voice: str(voice.id)) if len(m.voices) else [m]
         n_bars += any(voice.notes for voice in voices)
         n_double += len(voices) == 2
         if len(voices) > 2 or any(n.isChord and "Harmony" not in n.classes for voice in voices for n in voice.notes):
             return []
         for line, voice in zip(lines, voices, strict=False):
-            line.extend((m.offset + n.getOffsetBySite(voice) + (voice.offset if voice is not m else 0), n)
-                        for n in voice.notes)
+            line.extend((m.offset + n.offset + (voice.offset if voice is not m else 0), n) for n in voice.notes)
     return list(lines) if 2 * n_double >= n_bars > 0 else []
 
 

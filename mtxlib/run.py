@@ -93,8 +93,8 @@ class Run:
         known = set(self.codec.tokenizer.config.programs)
         alien = sorted({-1 if t.is_drum else t.program for t in score.tracks if len(t.notes)} - known)
         if alien:
-            raise ValueError(f"{name_of(music)}: expected voices with the "
-                             f"programs {sorted(known)} (four voices of a chorale get them by themselves), got {alien}")
+            raise ValueError(f"{name_of(music)}: expected voices with the programs {sorted(known)} (four voices of a "
+                             f"chorale get them by themselves), got {alien}")
         return score
 
     def windows(self, music: str | Path | Score) -> tuple[Score, list[int], list[Score]]:
