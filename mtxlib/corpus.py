@@ -110,7 +110,8 @@ def load_corpus(source: str = "bach", data_dir: str | Path = "data", *, archive:
 
 
 def read_score(path: str | Path) -> Score:
-    """Read MIDI or MusicXML (.xml, .musicxml, .mxl) and normalise it. ValueError names the file and the reason."""
+    """Read MIDI or MusicXML (.xml, .musicxml, .mxl) and normalise it. ValueError names the file and the reason. For
+    files that are known to be good: symusic crashes the process on some others, see `read_safely`."""
     try:
         return normalise(READERS[KINDS.get(Path(path).suffix.lower(), "midi")](path))
     except Exception as e:

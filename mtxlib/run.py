@@ -14,7 +14,7 @@ from symusic import Score
 from torch import Tensor
 
 from .config import BOS, Config
-from .corpus import Piece, load_corpus, normalise, read_score
+from .corpus import Piece, load_corpus, normalise, read_safely
 from .data import Windows
 from .diagnose import diagnose
 from .generate import decode, mix, prior_latents, slerp
@@ -89,7 +89,7 @@ class Run:
 
     def score(self, music: str | Path | Score) -> Score:
         """A path or score in normal form. Raises ValueError when a voice is one the tokenizer does not know."""
-        score = normalise(music) if isinstance(music, Score) else read_score(music)
+        score = normalise(music) if isinstance(music, Score) else read_safely(music)
         known = set(self.codec.tokenizer.config.programs)
         alien = sorted({-1 if t.is_drum else t.program for t in score.tracks if len(t.notes)} - known)
         if alien:

@@ -25,14 +25,15 @@ from mtxlib.train import Trainer, save_weights, train, write_lines
 
 # -- hostile MIDI ---------------------------------------------------------------------------------------------------
 
-REASONS = {"empty", "not MIDI", "broken", "too big", "too many tracks", "too many notes", "too many bars", "no notes"}
+REASONS = {"empty", "not MIDI", "broken", "too big", "too many tracks", "too many notes", "too many bars", "no notes",
+           "crashed its process"}
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zoo") / "files"
     folder.mkdir()
-    for seed in range(13 * len(KINDS)):
+    for seed in (*range(13 * len(KINDS)), 445):  # 445 crashes symusic 0.5.9, and the process it is read in
         kind, data = hostile(seed)
         (folder / f"{kind}-{seed:04}.mid").write_bytes(data)
     return folder
@@ -43,14 +44,14 @@ def test_the_corpus_keeps_or_leaves_out_each_with_its_reason(zoo):
     entries = json.loads((pieces[0].path.parent / "manifest.json").read_text())
     assert [e["name"] for e in entries] == sorted(f.name for f in zoo.iterdir())
     reasons = Counter(e["skipped"].split(":")[0] for e in entries if "skipped" in e)
-    assert set(reasons) == REASONS, "none hung, none crashed its process"
+    assert set(reasons) == REASONS, "none hung"
     assert all(e["skipped"] == "no notes" or len(e["skipped"].split(":", 1)[1]) > 3 for e in entries if "skipped" in e)
     assert all(np.prod([p.bars, p.voices]) for p in pieces) and 0.2 < len(pieces) / len(entries) < 0.8
 
 
 def test_a_run_encodes_or_refuses_each_with_its_reason(zoo, run):
     n_encoded, n_dense = 0, 0
-    for file in sorted(zoo.iterdir()):
+    for file in [*sorted(zoo.iterdir())[::7], *zoo.glob("dense*")][:36] + [*zoo.glob("*-0445.mid")]:
         try:
             z = run.encode([file])
             n_encoded += 1
