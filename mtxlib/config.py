@@ -127,7 +127,7 @@ class Config:
     def load(cls, path: str | Path) -> "Config":
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
-        except (json.JSONDecodeError, AttributeError, TypeError) as e:
+        except (ValueError, AttributeError, TypeError, RecursionError) as e:
             raise ValueError(f"{path} is not a config: {e}") from e
 
     def to_dict(self) -> dict:

@@ -1,7 +1,7 @@
 """Where the music comes from: every source becomes the same normalised MIDI and one manifest, read once, then cached.
 
 Files are read in processes of their own, with a time limit a file: one that hangs or crashes its parser costs that file
-only. They are started as `python -c`, not by multiprocessing, so scripts need no `__main__` guard.
+only (`processes`).
 
 Normal form: 480 ticks a quarter, notes on the 16th grid, one tempo and velocity, metres of `METRES` that change on bar
 lines only, no controls. Four tracks without drums become soprano to bass (`VOICES`); other music keeps its programs,
@@ -15,25 +15,22 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
-import threading
-import time
+import tempfile
 import urllib.request
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
 from symusic import Note, Score, Tempo, TimeSignature, Track
 from tqdm.auto import tqdm
 
-from .files import atomic, atomic_text
+from .files import append, atomic, atomic_text, brief
+from .processes import apart
 
 FORM = 1  # raise it when the normal form or the manifest changes: older caches are then rebuilt
 TPQ, GRID = 480, 120  # ticks a quarter, ticks a 16th
@@ -113,11 +110,31 @@ def load_corpus(source: str = "bach", data_dir: str | Path = "data", *, archive:
 
 
 def read_score(path: str | Path) -> Score:
-    """Read MIDI or MusicXML (.xml, .musicxml, .mxl) and normalise it. ValueError names the file and the reason."""
+    """Read MIDI or MusicXML (.xml, .musicxml, .mxl) and normalise it. ValueError names the file and the reason. For
+    files that are known to be good: symusic crashes the process on some others, see `read_safely`."""
     try:
         return normalise(READERS[KINDS.get(Path(path).suffix.lower(), "midi")](path))
     except Exception as e:
         raise ValueError(f"{path}: {reason(e)}") from e
+
+
+def read_safely(music: str | Path | bytes) -> Score:
+    """`read_score` for files nobody has vouched for, an upload for one: a path, or what such a file holds.
+
+    Read in a process of its own within the limits of time of `load_corpus`, 5 s for MIDI; one that hangs or crashes its
+    parser raises ValueError like any other that cannot be read, with the reason in one sentence.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path, name = music, str(music)
+        if isinstance(music, bytes):
+            suffix = ".mxl" if music[:2] == b"PK" else ".musicxml" if b"<" in music.lstrip()[:4] else ".mid"
+            path, name = Path(folder, f"music{suffix}"), "the file"
+            path.write_bytes(music)
+        kind, output = KINDS.get(Path(path).suffix.lower(), "midi"), Path(folder, "normal.mid")
+        [entry] = read_apart([(name, kind, str(path), "", str(output))], 1)
+        if "skipped" in entry:
+            raise ValueError(f"{name}: {entry['skipped']}")
+        return Score(output)
 
 
 # ---- the normal form
@@ -144,6 +161,7 @@ def normalise(score: Score) -> Score:
         raise Unusable("no notes")
     onsets = np.concatenate([notes[:, 0] for *_, notes in parts])
     metres, skip = metre_grid(score, int(onsets.min()), int(onsets.max()))
+    within("too many bars", (int(onsets.max()) - skip) // max(BY_LENGTH), MAX_BARS)  # at least so many: ticks are int32
     result = Score(TPQ)
     tempo = score.tempos[0].qpm if len(score.tempos) else TEMPO
     result.tempos.append(Tempo(0, tempo if 20 <= tempo <= 300 else TEMPO))
@@ -299,16 +317,18 @@ def read_bytes(path: str) -> bytes:
 def parse_midi(data: bytes) -> Score:
     if data[:4] != b"MThd":
         raise Unusable("not MIDI: no MThd header" if data else "empty: 0 bytes")
-    expected, found = int.from_bytes(data[10:12], "big"), data.count(b"MTrk")
+    expected, found, at = int.from_bytes(data[10:12], "big"), 0, 14
+    while (end := at + 8 + int.from_bytes(data[at + 4:at + 8], "big")) <= len(data):
+        found, at = found + (data[at:at + 4] == b"MTrk"), end
     if found < expected or data[12:14] == b"\0\0":
         raise Unusable(f"broken: {found} of {expected} tracks, {int.from_bytes(data[12:14], 'big')} ticks per quarter")
     return Score.from_midi(data)
 
 
 def read_xml(path: str, parts: int = 0) -> Score:
-    """MusicXML, a track per part (of `parts` parts, if not 0). A pickup moves to the end of its bar, by barDuration -
-    duration of the first measure; full measures state their metre, so that `metre_grid` finds the bar line again after
-    an incomplete one."""
+    """MusicXML, a track per part (of `parts` parts, if not 0), or four for two staves of two voices each. A pickup goes
+    to the end of its bar, by barDuration - duration of the first measure; full measures state their metre, so that
+    `metre_grid` finds the bar line again after an incomplete one."""
     from music21 import converter
 
     if zipfile.is_zipfile(io.BytesIO(read_bytes(path))):
@@ -327,19 +347,41 @@ def read_xml(path: str, parts: int = 0) -> Score:
             score.time_signatures.append(TimeSignature(0, *metre))
         elif m.timeSignature or not missing:
             score.time_signatures.append(TimeSignature(round((float(m.offset) + shift) * TPQ), *metre))
+    staves = [voices_of(part) for part in music.parts]
+    if len(staves) == 2 and all(len(upper_lower) == 2 for upper_lower in staves):
+        for (program, name), line in zip(VOICES.items(), chain(*staves), strict=True):
+            score.tracks.append(Track(name, program, False))
+            score.tracks[-1].notes.extend(tied(line, shift))
+        return score
     for part in music.parts:
         instrument = part.getInstrument()
         track = Track(part.partName or "", instrument.midiProgram or 0, instrument.midiChannel == 9)
-        track.notes.extend(part_notes(part, shift))
+        track.notes.extend(tied([(n.offset, n) for n in part.flatten().notes], shift))
         score.tracks.append(track)
     return score
 
 
-def part_notes(part, shift: float) -> list[Note]:
-    """The notes of a music21 part, `shift` quarters later; tied ones are joined."""
+def voices_of(part) -> list[list[tuple]]:
+    """The upper and the lower voice of a staff, as (offset in quarters, music21 note), if it is written in two: in at
+    least half of its bars with notes, in none of them more, and without chords; else nothing. A bar that names no
+    voices is the upper one's."""
+    lines, n_bars, n_double = ([], []), 0, 0
+    for m in part.getElementsByClass("Measure"):
+        voices = sorted(m.voices, key=lambda voice: str(voice.id)) if len(m.voices) else [m]
+        n_bars += any(voice.notes for voice in voices)
+        n_double += len(voices) == 2
+        if len(voices) > 2 or any(n.isChord and "Harmony" not in n.classes for voice in voices for n in voice.notes):
+            return []
+        for line, voice in zip(lines, voices, strict=False):
+            line.extend((m.offset + n.offset + (voice.offset if voice is not m else 0), n) for n in voice.notes)
+    return list(lines) if 2 * n_double >= n_bars > 0 else []
+
+
+def tied(line: list[tuple], shift: float) -> list[Note]:
+    """The notes of (offset in quarters, music21 note or chord), `shift` quarters later; tied ones are joined."""
     notes, latest = [], {}
-    for n in part.flatten().notes:
-        start, end = (round(float(q) * TPQ) for q in (n.offset + shift, n.offset + shift + n.quarterLength))
+    for offset, n in line:
+        start, end = (round(float(q) * TPQ) for q in (offset + shift, offset + shift + n.quarterLength))
         heads = [] if n.duration.isGrace or "Harmony" in n.classes else n.notes if n.isChord else [n] * n.isNote
         for head in heads:
             before = latest.get(head.pitch.midi)
@@ -369,7 +411,7 @@ READERS = {"midi": lambda path: parse_midi(read_bytes(path)), "bytes": lambda te
 
 
 def reason(e: Exception) -> str:
-    return str(e) if isinstance(e, Unusable) else f"broken: {type(e).__name__}: {' '.join(str(e).split())[:160]}"
+    return str(e) if isinstance(e, Unusable) else f"broken: {brief(e)}"
 
 
 # ---- sources: what each has to read, as (name, kind of reader or why it is left out, input of the reader, own split)
@@ -466,23 +508,32 @@ def load_source(source: str, data_dir: Path, archive: str, limit: int, workers: 
     if not fresh or not all((folder / e["file"]).exists() for e in entries if "file" in e):
         folder.mkdir(parents=True, exist_ok=True)
         entries = [{**e, "source": source, "licence": LICENCES[source], "stamp": f"{FORM} {state}"}
-                   for e in build(source, folder, archive, limit, workers, progress)]
+                   for e in build(source, folder, archive, limit, workers, progress, f"{FORM} {state}")]
         atomic_text(manifest, json.dumps(entries, indent=1))
-        for stale in set(folder.glob("*.mid")) - {folder / e["file"] for e in entries if "file" in e}:
+        for stale in {*folder.glob("*.mid"), *folder.glob("*.part")} - {folder / e["file"] for e in entries
+                                                                        if "file" in e}:
             stale.unlink()
     if not any("file" in e for e in entries):
         raise ValueError(f"source {source!r} has no usable piece{skipped(entries)}; the reasons are in {manifest}")
     return folder, entries
 
 
-def build(source: str, folder: Path, archive: str, limit: int, workers: int | None, progress: bool) -> list[dict]:
+def build(source: str, folder: Path, archive: str, limit: int, workers: int | None, progress: bool,
+          stamp: str) -> list[dict]:
+    """Read every task of a source. Each entry is noted as it comes: if this is stopped, the next call goes on there."""
     tasks, entries, kept = [], [], 0
     for i, task in enumerate(TASKS[source](archive)):
         slug = re.sub(r"[^A-Za-z0-9._-]+", "_", task[0])[-80:]
         tasks.append((*task, str(folder.absolute() / (f"{i:05}-{slug}.mid" if source == "folder" else f"{slug}.mid"))))
-    with closing(read_apart(tasks, workers)) as results:
-        for entry in tqdm(results, source, limit or len(tasks), unit=" files", disable=not progress):
+    notes = folder / f"{short_hash(stamp)}.part"
+    lines = [line for line in notes.read_text().splitlines() if line.endswith("}")] if notes.exists() else []
+    atomic_text(notes, "".join(f"{line}\n" for line in lines))
+    with closing(read_apart(tasks[len(lines):], workers)) as results:
+        for entry in tqdm(chain(map(json.loads, lines), results), source, limit or len(tasks), unit=" files",
+                          disable=not progress):
             entries.append(entry)
+            if len(entries) > len(lines):
+                append(notes, [json.dumps(entry)])
             kept += "file" in entry
             if kept == limit > 0:
                 break
@@ -496,56 +547,18 @@ def prepare(name: str, kind: str, given, split: str, output: str) -> dict:
         if kind not in READERS:
             raise Unusable(kind)
         score = normalise(READERS[kind](given))
-        atomic(output, score.dump_midi)
-        return {"name": name, "file": Path(output).name, "split": split, **describe(score)}
+        entry = {"name": name, "file": Path(output).name, "split": split, **describe(score)}
     except Exception as e:
         return {"name": name, "skipped": reason(e)}
+    atomic(output, lambda path: path.write_bytes(score.dumps_midi()))  # dump_midi does not tell when the disk is full
+    return entry
 
 
 def read_apart(tasks: list[tuple], workers: int | None) -> Iterator[dict]:
-    """`prepare` of every task, in order, in `workers` processes (one a core by default, at most 16). One that takes
-    too long is killed, one that ends is replaced; either costs only the piece it was at."""
-    here, processes = threading.local(), []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    command = [sys.executable, "-c", "from mtxlib.corpus import reader; reader()"]
-
-    def one(task: tuple) -> dict:
-        if not hasattr(here, "process"):
-            here.process = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE,
-                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            processes.append(here.process)
-            here.process.stdout.readline()  # it is ready: its imports must not count against the first piece
-        seconds, begin = SECONDS.get(task[1], 5), time.monotonic()
-        timer = threading.Timer(seconds, here.process.kill)
-        timer.start()
-        try:
-            print(json.dumps(task), file=here.process.stdin, flush=True)
-            return json.loads(here.process.stdout.readline())
-        except (OSError, ValueError):
-            code = here.process.wait()
-            del here.process
-            late = time.monotonic() - begin >= seconds
-            return {"name": task[0], "skipped": f"timed out: {seconds} s" if late else f"crashed its reader: {code}"}
-        finally:
-            timer.cancel()
-
-    pool = ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 16))
-    try:
-        yield from pool.map(one, tasks)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
-def reader() -> None:
-    """A reader process: a task a line in, an entry a line out."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a parser prints must not pass for an answer
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(prepare(*json.loads(line))), file=answers, flush=True)
+    """`prepare` of every task, in order, in processes of their own; one that takes too long is killed."""
+    answers = apart("mtxlib.corpus:prepare", tasks, workers, lambda task: SECONDS.get(task[1], 5))
+    for (name, *_), (entry, why) in zip(tasks, answers, strict=True):
+        yield entry or {"name": name, "skipped": why}
 
 
 def short_hash(text: str) -> str:

@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor
 
 from .config import EOS, MASK, N_SPECIAL, PAD, SLOTS_PER_BAR
+from .files import writing
 
 SPLITS = ("train", "valid", "test")
+ARRAYS = ("ids", "slots", "offsets", "windows")  # the files of a store
 # Whence a window comes: the number of its piece, its first bar, semitones of transposition, the number of its split.
 WINDOW = np.dtype([("piece", np.int32), ("bar", np.int32), ("shift", np.int8), ("split", np.int8)])
 
@@ -110,8 +113,9 @@ class Windows:
     @classmethod
     def pack(cls, sequences: list[np.ndarray], slots: list[np.ndarray], windows: list[tuple] | np.ndarray) -> "Windows":
         """From one array a window; they stay in memory."""
-        return cls(np.concatenate(sequences), np.concatenate(slots), np.cumsum([0] + [len(s) for s in sequences]),
-                   np.array(windows, dtype=WINDOW))
+        none = np.zeros(0, int)
+        return cls(np.concatenate([none, *sequences]), np.concatenate([none, *slots]),
+                   np.cumsum([0] + [len(s) for s in sequences]), np.array(windows, dtype=WINDOW))
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -135,7 +139,8 @@ class Windows:
 
 
 class TokenStore(Windows):
-    """A store on disk, memory-mapped. Raises FileNotFoundError with what to do when there is none."""
+    """A store on disk, memory-mapped. Raises FileNotFoundError, with what to do, when there is none, ValueError when it
+    is not whole."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -146,8 +151,14 @@ class TokenStore(Windows):
         self.vocab_size, self.n_bars, self.pieces = meta["vocab_size"], meta["n_bars"], meta["pieces"]
         self.table = SlotTable(meta["slot_table"], self.n_bars)
         self.is_structure = torch.tensor(meta["is_structure"])
-        super().__init__(*(np.load(self.folder / f"{name}.npy", mmap_mode="r")
-                           for name in ("ids", "slots", "offsets", "windows")))
+        super().__init__(*(self.load(self.folder / f"{name}.npy") for name in ARRAYS))
+
+    def load(self, path: Path) -> np.ndarray:
+        try:
+            return np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as e:
+            raise ValueError(f"{path}: expected an array of a token store, got something else ({e}): delete "
+                             f"{self.folder} and build the store again") from e
 
 
 def pad_sequences(sequences: list[np.ndarray]) -> Tensor:
@@ -160,23 +171,47 @@ def pad_sequences(sequences: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(out)
 
 
-def write_store(folder: str | Path, windows: Windows, meta: dict, save: Callable[[Path], None]) -> TokenStore:
-    """Write a store beside `folder`, then rename: it is there whole or not at all. `save` writes tokenizer.json."""
+def id_type(vocab_size: int) -> type:
+    return np.uint16 if vocab_size < 2**16 else np.uint32
+
+
+def write_store(folder: str | Path, parts: Iterable[Windows], meta: dict, save: Callable[[Path], None]) -> TokenStore:
+    """Write a store beside `folder`, part by part, then rename: it is there whole or not at all. `save` writes
+    tokenizer.json."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    dtype = np.uint16 if meta["vocab_size"] < 2**16 else np.uint32
-    np.save(tmp / "ids.npy", windows.ids.astype(dtype))
-    np.save(tmp / "slots.npy", windows.slots.astype(np.uint16))
-    np.save(tmp / "offsets.npy", windows.offsets)
-    np.save(tmp / "windows.npy", windows.windows)
-    save(tmp / "tokenizer.json")
-    (tmp / "meta.json").write_text(json.dumps(meta))
-    shutil.rmtree(folder, ignore_errors=True)
+    types = id_type(meta["vocab_size"]), np.uint16, np.int64, WINDOW
     try:
-        os.replace(tmp, folder)
-    except OSError:  # another process has put the same store there meanwhile
-        shutil.rmtree(tmp)
+        with writing(folder), ExitStack() as stack:
+            files = [stack.enter_context((tmp / f"{name}.npy").open("wb")) for name in ARRAYS]
+            lengths = [0] * len(files)
+
+            def add(number: int, array: np.ndarray) -> None:
+                files[number].write(array.astype(types[number], copy=False).tobytes())
+                lengths[number] += len(array)
+
+            def write_headers() -> None:  # numpy leaves room in them for the length to grow
+                for file, length, dtype in zip(files, lengths, types, strict=True):
+                    file.seek(0)
+                    np.lib.format.write_array_header_1_0(file, {
+                        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
+                        "shape": (length,)})
+
+            write_headers()
+            add(2, np.zeros(1))
+            for part in parts:
+                n_tokens = lengths[0]
+                for number, array in enumerate((part.ids, part.slots, part.offsets[1:] + n_tokens, part.windows)):
+                    add(number, array)
+            write_headers()
+            save(tmp / "tokenizer.json")
+            (tmp / "meta.json").write_text(json.dumps(meta))
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # another process has put the same store there meanwhile
+            os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     return TokenStore(folder)
 
 

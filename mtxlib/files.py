@@ -1,9 +1,21 @@
-"""Atomic writes: what a file held before is there until what comes after is whole."""
+"""Atomic writes: what a file held before is there until what comes after is whole; lines added to a log; errors
+in a few words."""
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Within it, an error becomes an OSError that says what to do."""
+    try:
+        yield
+    except Exception as e:  # on a full disk torch raises RuntimeError, safetensors its own
+        raise OSError(f"could not write {path} ({e}); what was there before is unharmed: free some space and run the "
+                      "same command again") from e
 
 
 def atomic(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -12,18 +24,27 @@ def atomic(path: str | Path, write: Callable[[Path], object]) -> None:
     Raises OSError, saying what to do, when the disk is full or refuses; the old file then stays as it was.
     """
     path = Path(path)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=path.suffix)
-    os.close(fd)
-    try:
-        write(Path(name))
-        os.chmod(name, 0o644)  # mkstemp, and safetensors, let only the owner read
-        os.replace(name, path)
-    except Exception as e:  # on a full disk torch raises RuntimeError, safetensors its own
-        raise OSError(f"could not write {path} ({e}); what was there before is unharmed: free some space and run the "
-                      "same command again") from e
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with writing(path):
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=path.suffix)
+        os.close(fd)
+        try:
+            write(Path(name))
+            os.chmod(name, 0o644)  # mkstemp, and safetensors, let only the owner read
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
 
 
 def atomic_text(path: str | Path, text: str) -> None:
     atomic(path, lambda p: p.write_text(text))
+
+
+def append(path: str | Path, lines: Iterable[str]) -> None:
+    """Add lines to a log. A full disk may leave a part of one: readers skip a last line without its end."""
+    with writing(path), Path(path).open("a") as f:
+        f.writelines(f"{line}\n" for line in lines)
+
+
+def brief(e: BaseException) -> str:
+    """The kind and the first words of an error, on one line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"

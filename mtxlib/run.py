@@ -15,7 +15,7 @@ from symusic import Score
 from torch import Tensor
 
 from .config import BOS, Config
-from .corpus import Piece, load_corpus, normalise, read_score
+from .corpus import Piece, load_corpus, normalise, read_safely
 from .data import Windows
 from .diagnose import diagnose
 from .generate import decode, mix, prior_latents, slerp
@@ -57,12 +57,20 @@ def load_weights(path: Path, config: Config) -> tuple[MusicVAE, dict[str, str]]:
         raise ValueError(f"{path}: expected weights as safetensors, got something else ({e})") from e
     if metadata.get("format") != "mtxlib":
         raise ValueError(f"{path}: expected weights saved by mtxlib.train, got a safetensors file without its mark")
-    model = MusicVAE(config.model, int(metadata["vocab_size"]), int(metadata["n_bars"]))
     try:
-        load_model(model, path)
-    except RuntimeError as e:
+        sizes = config.model, int(metadata["vocab_size"]), int(metadata["n_bars"])
+        with torch.device("meta"):  # no memory for a size that the file only claims
+            n_bytes = sum(p.numel() * 2 for p in MusicVAE(*sizes).parameters())
+        if n_bytes > path.stat().st_size:
+            raise ValueError(f"expected {n_bytes:,} bytes or more, got {path.stat().st_size:,}")
+        load_model(model := MusicVAE(*sizes), path)
+    except (KeyError, RuntimeError, ValueError) as e:
         raise ValueError(f"{path} does not fit the config.json beside it: {e}") from e
     return model, metadata
+
+
+def name_of(music: str | Path | Score) -> str:
+    return "the score" if isinstance(music, Score) else str(music)
 
 
 class Run:
@@ -83,21 +91,26 @@ class Run:
 
     def score(self, music: str | Path | Score) -> Score:
         """A path or score in normal form. Raises ValueError when a voice is one the tokenizer does not know."""
-        score = normalise(music) if isinstance(music, Score) else read_score(music)
+        score = normalise(music) if isinstance(music, Score) else read_safely(music)
         known = set(self.codec.tokenizer.config.programs)
         alien = sorted({-1 if t.is_drum else t.program for t in score.tracks if len(t.notes)} - known)
         if alien:
-            raise ValueError(f"{music if isinstance(music, (str, Path)) else 'the score'}: expected voices with the "
-                             f"programs {sorted(known)} (four voices of a chorale get them by themselves), got {alien}")
+            raise ValueError(f"{name_of(music)}: expected voices with the programs {sorted(known)} (four voices of a "
+                             f"chorale get them by themselves), got {alien}")
         return score
 
     def windows(self, music: str | Path | Score) -> tuple[Score, list[int], list[Score]]:
         """The normalised score, the first bar of each window, and the windows: end to end, the last one ending with the
-        piece, over bars of the one before where it has to."""
+        piece, over bars of the one before where it has to. ValueError where one has more notes than `max_tokens`."""
         score = self.score(music)
         starts = bar_starts(score)
         bars = window_bars(len(starts) - 1, self.n_bars, self.n_bars)
-        return score, bars, [cut(score, starts, bar, self.n_bars) for bar in bars]
+        windows, limit = [cut(score, starts, bar, self.n_bars) for bar in bars], self.config.model.max_tokens
+        for bar, window in zip(bars, windows, strict=True):
+            if window.note_num() > limit:
+                raise ValueError(f"{name_of(music)}: expected at most {limit} notes in {self.n_bars} bars, got "
+                                 f"{window.note_num():,} from bar {bar + 1} on")
+        return score, bars, windows
 
     def encode(self, music: list[str | Path | Score]) -> Tensor:
         """Posterior means (N, S, C) of the windows of all pieces, one after the other, `n_bars` bars each."""

@@ -1,17 +1,20 @@
 """MidiTok at work: scores -> windows of whole bars -> ids, and back; fills the token store.
 
 A window holds the notes that *start* in its bars, with their full lengths, so that windows laid end to end are the
-piece again, without loss. Tokenization happens once a window, in the base vocabulary; the other eleven keys are the
-same ids with the pitches moved. BPE comes last, and its merges never cross a beat: a token never belongs to two
-latent rows.
+piece again, without loss. Tokenization happens once a piece (TSD, MMM: once a window), in the base vocabulary; the
+other eleven keys are the same ids with the pitches moved. BPE comes last, and its merges never cross a beat: a token
+never belongs to two latent rows.
 """
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import miditok
@@ -21,13 +24,17 @@ from miditok import MusicTokenizer, TokenizerConfig, TokSequence
 from symusic import Score
 from tqdm.auto import tqdm
 
-from .config import BOS, EOS, N_SPECIAL, Config
+from .config import BOS, EOS, N_SPECIAL, Config, DataConfig
 from .corpus import MAX_BEATS, METRES, TEMPO, TPQ, VOICES, Piece
-from .data import SPLITS, Grammar, SlotTable, TokenStore, Windows, pad_sequences, write_store
+from .data import ARRAYS, SPLITS, Grammar, SlotTable, TokenStore, Windows, id_type, pad_sequences, write_store
+from .files import atomic, brief
+from .processes import apart, cores
 
 PITCHES = (21, 109)  # the piano's range; the upper end is excluded
 KEYS = range(-5, 7)  # semitones of transposition: each of the twelve keys once
 VERSION = 3  # of what a store holds; raise it when that changes
+SAMPLE = 5000  # windows that BPE learns from, at most
+SHARD = 500  # bars a process tokenizes at once: with twelve keys and hop 1 up to 6,000 windows
 SPACE = "\u2581"  # stands before every beat in the BPE model of MidiTok
 
 
@@ -48,21 +55,22 @@ def load_tokenizer(path: str | Path) -> MusicTokenizer:
     """The tokenizer that `tokenizer.save` wrote; its class is named in the file. Raises ValueError if it is not one."""
     try:
         name = json.loads(Path(path).read_text())["tokenization"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: expected a tokenizer saved by MidiTok, got something else ({e})") from e
-    return getattr(miditok, name)(params=path)
+        if name not in FOLLOWS:
+            raise ValueError(f"tokenization: expected one of {', '.join(FOLLOWS)}, got {name!r}")
+        return getattr(miditok, name)(params=path)
+    except Exception as e:  # MidiTok and tokenizers raise of every kind on a file of another shape
+        raise ValueError(f"{path}: expected a tokenizer saved by MidiTok, got something else ({brief(e)})") from e
 
 
 # -- windows ------------------------------------------------------------------------------------------------------
 
 def bar_starts(score: Score) -> list[int]:
     """Ticks of all bar lines, the last one at or after the end of the music; 4/4 where no metre is given."""
-    changes = [(t.time, t.numerator * 4 * score.tpq // t.denominator) for t in score.time_signatures]
-    if not changes or changes[0][0] > 0:
-        changes.insert(0, (0, 4 * score.tpq))
-    end, starts = score.end(), [0]
+    changes = [(t.time, t.numerator * 4 * score.tpq // t.denominator) for t in reversed(score.time_signatures)]
+    end, starts, length = score.end(), [0], 4 * score.tpq
     while starts[-1] < end:
-        length = [ticks for time, ticks in changes if time <= starts[-1]][-1]
+        while changes and changes[-1][0] <= starts[-1]:
+            length = changes.pop()[1]
         starts.append(starts[-1] + length)
     return starts
 
@@ -143,6 +151,30 @@ def base_ids(tokenizer: MusicTokenizer, score: Score) -> np.ndarray:
     return np.array(sequence.ids if isinstance(sequence, TokSequence) else sequence[0].ids, dtype=np.int64)
 
 
+def window_ids(tokenizer: MusicTokenizer, score: Score, starts: list[int], bars: list[int],
+               n_bars: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(first bar, base ids) of the windows at `bars` that hold a note."""
+    if type(tokenizer).__name__ != "REMI":
+        for bar in bars:
+            window = cut(score, starts, bar, n_bars)
+            if window.note_num():
+                yield bar, base_ids(tokenizer, window)
+        return
+    # In REMI every bar is written as `Bar TimeSig …`, whatever stands around it; a sequence ends with its last note or,
+    # if later, its last change of metre.
+    ids = base_ids(tokenizer, score)
+    is_length = np.isin(ids, [i for name, i in tokenizer.vocab.items() if name.startswith("Duration")])
+    lines = np.flatnonzero(ids == tokenizer.vocab["Bar_None"])
+    bounds = np.append(lines, [len(ids)] * (n_bars + len(starts)))
+    for bar in bars:
+        begin, end = bounds[bar], bounds[bar + n_bars]
+        notes = np.flatnonzero(is_length[begin:end])
+        if len(notes):
+            metres = lines[bar:bar + n_bars] + 1
+            changes = metres[1:][np.diff(ids[metres]) != 0]
+            yield bar, ids[begin:max([begin + notes[-1], *changes[-1:]]) + 1]
+
+
 class Codec:
     """A tokenizer with what this project adds: BPE of many sequences at once, expansion of ids, slots.
 
@@ -155,6 +187,7 @@ class Codec:
         self.kinds = np.array([name.split("_")[0] for name in self.names])
         self.bytes = np.array([tokenizer._vocab_base_id_to_byte[i] for i in range(len(self.names))])
         self.beats = np.array([beat_of(name) for name in self.names])
+        self.opens = self.kinds != "Position"
         self.expansion = self._expansion()
         self.vocab_size = len(self.expansion)
         self.table = SlotTable([slot_row([self.names[i] for i in ids]) for ids in self.expansion], n_bars)
@@ -183,39 +216,39 @@ class Codec:
         may = np.array([[b in follows[a].split() for b in kinds] for a in kinds])
         return Grammar(ends, may, [kinds.index(k) for k in ("Bar", "TimeSig") if k in kinds], self.table)
 
-    def cuts(self, ids: np.ndarray) -> np.ndarray:
+    def cuts(self, ids: np.ndarray) -> list[int]:
         """Where a new beat, bar, voice or time shift begins in base ids: BPE merges stay between two cuts."""
         beats = self.beats[ids]
         marks = np.flatnonzero(beats >= 0)
-        is_new = (np.diff(beats[marks], prepend=-1) != 0) | (self.kinds[ids[marks]] != "Position")
-        return np.unique(np.concatenate([[0], marks[is_new], [len(ids)]]))
+        beats = beats[marks]
+        is_new = self.opens[ids[marks]]
+        is_new[:1] = True
+        is_new[1:] |= beats[1:] != beats[:-1]
+        return sorted({0, *marks[is_new].tolist(), len(ids)})
 
-    def words(self, ids: np.ndarray, cuts: np.ndarray) -> list[str]:
+    def words(self, ids: np.ndarray) -> list[str]:
         """Base ids as the text BPE works on, a word a beat."""
-        text = "".join(self.bytes[ids])
-        return [text[a:b] for a, b in pairwise(cuts)]
+        text = self.bytes[ids].tobytes().decode("utf-32")
+        return [text[a:b] for a, b in pairwise(self.cuts(ids))]
 
-    def learn_bpe(self, sequences: list[np.ndarray], vocab_size: int) -> "Codec":
+    def learn_bpe(self, sequences: Iterable[np.ndarray], vocab_size: int) -> "Codec":
         """A codec whose tokenizer has merged frequent neighbours until it has `vocab_size` ids."""
         if vocab_size <= self.vocab_size:
             raise ValueError(f"parameter 'bpe_vocab': expected more than the base vocabulary's {self.vocab_size}, "
                              f"got {vocab_size}")
-        self.tokenizer.train(vocab_size=vocab_size, iterator=[self.words(ids, self.cuts(ids)) for ids in sequences])
+        self.tokenizer.train(vocab_size=vocab_size, iterator=list(map(self.words, sequences)))
         return Codec(self.tokenizer, self.n_bars)
 
-    def compress(self, words: list[list[str]]) -> list[np.ndarray]:
-        """Words of each sequence -> ids with BOS and EOS. Each different word is coded once; a SPACE that stays alone
-        stands for nothing and is left out."""
+    def finish(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
+        """Base ids -> ids, `BOS … EOS`, BPE applied if it has been learned: each different word is coded once; a SPACE
+        that stays alone stands for nothing and is left out."""
+        if not self.tokenizer.is_trained:
+            return [np.concatenate([[BOS], ids, [EOS]]) for ids in sequences]
+        words = list(map(self.words, sequences))
         unique = sorted({w for ws in words for w in ws})
         codes = self.tokenizer._model.encode_batch([[w] for w in unique], is_pretokenized=True)
         code = {w: [i for i in c.ids if self.expansion[i]] for w, c in zip(unique, codes, strict=True)}
         return [np.array([BOS, *(i for w in ws for i in code[w]), EOS]) for ws in words]
-
-    def finish(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
-        """Base ids -> ids, `BOS … EOS`, BPE applied if it has been learned."""
-        if self.tokenizer.is_trained:
-            return self.compress([self.words(ids, self.cuts(ids)) for ids in sequences])
-        return [np.concatenate([[BOS], ids, [EOS]]) for ids in sequences]
 
     def encode(self, windows: list[Score]) -> list[np.ndarray]:
         """Windows -> ids, `BOS … EOS`."""
@@ -302,15 +335,14 @@ class Cut(NamedTuple):
     ids: np.ndarray  # base ids
 
 
-def cut_pieces(tokenizer: MusicTokenizer, pieces: list[Piece], n_bars: int, hop: int) -> Iterator[Cut]:
+def cut_pieces(tokenizer: MusicTokenizer, pieces: Iterable[Piece], n_bars: int, hop: int) -> Iterator[Cut]:
     """All windows: every `hop` bars of a training piece, every `n_bars` of the others, and one that ends the piece."""
-    for number, piece in enumerate(tqdm(pieces, desc="tokenizing", unit="piece")):
+    for number, piece in enumerate(pieces):
         score = Score(piece.path)
         starts = bar_starts(score)
-        for bar in window_bars(len(starts) - 1, n_bars, hop if piece.split == "train" else n_bars):
-            window = cut(score, starts, bar, n_bars)
-            if window.note_num():
-                yield Cut(number, bar, piece.split, base_ids(tokenizer, window))
+        bars = window_bars(len(starts) - 1, n_bars, hop if piece.split == "train" else n_bars)
+        for bar, ids in window_ids(tokenizer, score, starts, bars, n_bars):
+            yield Cut(number, bar, piece.split, ids)
 
 
 def in_all_keys(codec: Codec, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -332,39 +364,101 @@ def store_folder(config: Config, pieces: list[Piece]) -> Path:
     return Path(data.data_dir) / "stores" / f"{data.source}-{data.tokenizer}{data.bpe_vocab or ''}-{digest}"
 
 
-def build_store(config: Config, pieces: list[Piece]) -> TokenStore:
+def build_store(config: Config, pieces: list[Piece], workers: int | None = None) -> TokenStore:
     """Tokenize the pieces into a store, or open it if it is there. BPE learns from the training split only.
 
-    Raises ValueError when a split that training needs has no window.
+    `workers` processes (one a core by default) write shards of SHARD bars, which are then laid end to end: memory does
+    not grow with the corpus, and a call that was stopped goes on with the shards that are missing. Raises ValueError
+    when a split that training needs has no piece.
     """
-    folder = store_folder(config, pieces)
+    folder, data, workers = store_folder(config, pieces), config.data, workers or cores()
     if (folder / "meta.json").exists():
         return TokenStore(folder)
-    data = config.data
-    codec = Codec(make_tokenizer(data.tokenizer, programs_of(pieces)), data.n_bars)
-    cuts = list(cut_pieces(codec.tokenizer, pieces, data.n_bars, data.hop))
     for split in ("train", "valid"):
-        if not any(c.split == split for c in cuts):
+        if not any(p.split == split for p in pieces):
             raise ValueError(f"no window in the {split} split of {data.source!r}: expected at least 3 pieces with "
                              f"different tunes, got {len(pieces)}")
-    keyed = [(c, shift, ids) for c in cuts for shift, ids in
-             (in_all_keys(codec, c.ids) if data.transpose and c.split == "train" else [(0, c.ids)])]
-    if data.bpe_vocab:
-        codec = codec.learn_bpe([ids for c, _, ids in keyed if c.split == "train" and c.bar % data.n_bars == 0],
-                                data.bpe_vocab)
-    sequences = codec.finish([ids for _, _, ids in keyed])
-    fits = [len(s) <= config.model.max_tokens for s in sequences]
-    if not all(fits):
-        print(f"{len(fits) - sum(fits)} of {len(fits)} windows left out: longer than max_tokens = "
-              f"{config.model.max_tokens}")
-    sequences = [s for s, fit in zip(sequences, fits, strict=True) if fit]
-    windows = [(c.piece, c.bar, shift, SPLITS.index(c.split))
-               for (c, shift, _), fit in zip(keyed, fits, strict=True) if fit]
-    meta = {"vocab_size": codec.vocab_size, "n_bars": data.n_bars, "slot_table": codec.table.rows.tolist(),
-            "is_structure": codec.is_structure.tolist(),
-            "pieces": [{"name": p.name, "source": p.source, "key": p.key} for p in pieces]}
-    packed = Windows.pack(sequences, codec.slots(sequences), windows)
-    return write_store(folder, packed, meta, save=codec.tokenizer.save)
+    parts = folder.with_name(f".{folder.name}.parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    try:
+        tokenizer = parts / "tokenizer.json"
+        if not tokenizer.exists():
+            codec = Codec(make_tokenizer(data.tokenizer, programs_of(pieces)), data.n_bars)
+            atomic(tokenizer, (codec.learn_bpe(sample(codec, pieces, data), data.bpe_vocab) if data.bpe_vocab
+                               else codec).tokenizer.save)
+        shards = [(str(parts / f"{i:06}.npz"), str(tokenizer), part, data.n_bars, data.hop, data.transpose,
+                   config.model.max_tokens) for i, part in enumerate(shards_of(pieces))]
+        missing = [shard for shard in shards if not Path(shard[0]).exists()]
+        with tqdm(total=len(pieces), desc="tokenizing", unit=" pieces") as bar:
+            bar.update(len(pieces) - sum(len(shard[2]) for shard in missing))
+            done = (apart("mtxlib.tokens:write_shard", missing, workers) if workers > 1 and len(missing) > 1
+                    else ((write_shard(*shard), "") for shard in missing))
+            for (n, why), shard in zip(done, missing, strict=True):
+                if why:
+                    raise RuntimeError(f"{shard[2][0][1]} to {shard[2][-1][1]} could not be tokenized: {why}")
+                bar.update(n)
+        codec = Codec(load_tokenizer(tokenizer), data.n_bars)
+        meta = {"vocab_size": codec.vocab_size, "n_bars": data.n_bars, "slot_table": codec.table.rows.tolist(),
+                "is_structure": codec.is_structure.tolist(),
+                "pieces": [{"name": p.name, "source": p.source, "key": p.key} for p in pieces]}
+        store = write_store(folder, (read_shard(shard[0]) for shard in shards), meta, save=codec.tokenizer.save)
+        n_long = sum(int(np.load(shard[0])["n_long"]) for shard in shards)
+        if n_long:
+            print(f"{n_long} of {len(store) + n_long} windows left out: longer than max_tokens = "
+                  f"{config.model.max_tokens}")
+    except OSError:
+        if not (folder / "meta.json").exists():  # if it is, another process was faster and has cleaned up
+            raise
+    shutil.rmtree(parts, ignore_errors=True)
+    return TokenStore(folder)
+
+
+def sample(codec: Codec, pieces: list[Piece], data: DataConfig) -> list[np.ndarray]:
+    """What BPE learns from: base ids, in all keys, of windows that lie end to end, of the training pieces in a random
+    order until there are SAMPLE of them."""
+    training = [p for p in pieces if p.split == "train"]
+    order = np.random.default_rng(0).permutation(len(training))
+    cuts = islice((c for c in cut_pieces(codec.tokenizer, (training[i] for i in order), data.n_bars, data.hop)
+                   if c.bar % data.n_bars == 0), SAMPLE)
+    return [ids for c in cuts for _, ids in (in_all_keys(codec, c.ids) if data.transpose else [(0, c.ids)])]
+
+
+def shards_of(pieces: list[Piece]) -> Iterator[list[tuple[int, str, str]]]:
+    """(number, path, split) of the pieces, in lists of SHARD bars or a little more."""
+    part, bars = [], 0
+    for number, piece in enumerate(pieces):
+        part.append((number, str(piece.path), piece.split))
+        bars += piece.bars
+        if bars >= SHARD or number == len(pieces) - 1:
+            yield part
+            part, bars = [], 0
+
+
+@lru_cache(maxsize=1)
+def codec_of(tokenizer: str, n_bars: int) -> Codec:
+    return Codec(load_tokenizer(tokenizer), n_bars)
+
+
+def write_shard(path: str, tokenizer: str, pieces: list[tuple[int, str, str]], n_bars: int, hop: int, transpose: bool,
+                max_tokens: int) -> int:
+    """The windows of some pieces, (number, path, split) each, in all keys if they are for training; how many pieces."""
+    codec = codec_of(tokenizer, n_bars)
+    few = [SimpleNamespace(path=path, split=split) for _, path, split in pieces]
+    keyed = [((pieces[c.piece][0], c.bar, shift, SPLITS.index(c.split)), ids)
+             for c in cut_pieces(codec.tokenizer, few, n_bars, hop) for shift, ids in
+             (in_all_keys(codec, c.ids) if transpose and c.split == "train" else [(0, c.ids)])]
+    sequences = codec.finish([ids for _, ids in keyed])
+    fits = [(s, window) for s, (window, _) in zip(sequences, keyed, strict=True) if len(s) <= max_tokens]
+    packed = Windows.pack([s for s, _ in fits], codec.slots([s for s, _ in fits]), [window for _, window in fits])
+    arrays = {"ids": packed.ids.astype(id_type(codec.vocab_size)), "slots": packed.slots.astype(np.uint16),
+              "offsets": packed.offsets, "windows": packed.windows, "n_long": len(keyed) - len(fits)}
+    atomic(path, lambda p: np.savez(p, **arrays))
+    return len(pieces)
+
+
+def read_shard(path: str) -> Windows:
+    with np.load(path) as arrays:
+        return Windows(*(arrays[name] for name in ARRAYS))
 
 
 def tokenize(codec: Codec, pieces: list[Piece]) -> Windows:

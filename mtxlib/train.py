@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from .config import PAD, Config, TrainConfig
 from .data import Batch, TokenDropout, TokenStore, epoch_batches
-from .files import atomic, atomic_text
+from .files import append, atomic, atomic_text, brief
 from .losses import Terms, beta_at, kl_per_dim, lr_at, objective, rate_at, reconstruction, steer
 from .measure import Measured, measure
 from .model import MusicVAE
@@ -289,19 +289,21 @@ class Trainer:
         path = self.run_dir / "state.pt"
         if not path.exists():
             return
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        start_again = "choose another run folder (mtx run --out …), or delete this one to start again"
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as e:  # whatever torch makes of a file that is none of its own
+            raise ValueError(f"{path}: expected a checkpoint of mtxlib.train, got something else "
+                             f"({brief(e)}): {start_again}") from e
+        if not isinstance(state, dict) or "optimizers" not in state:
+            raise ValueError(f"{path} is no checkpoint of this version: {start_again}")
         ours, theirs = self.config.flat(), Config.from_dict(json.loads(state["config"])).flat()
         different = [k for k in ours if ours[k] != theirs[k] and k not in ("steps", "threads", "wandb", "data_dir")]
         if different:
             k = different[0]
-            raise ValueError(f"{path} was trained with {k} = {theirs[k]!r}, now it is {ours[k]!r}: "
-                             "choose another run folder (mtx run --out …), or delete this one to start again")
-        if "optimizers" not in state:
-            raise ValueError(f"{path} was written by an earlier version: choose another run folder (mtx run --out …), "
-                             "or delete this one to start again")
+            raise ValueError(f"{path} was trained with {k} = {theirs[k]!r}, now it is {ours[k]!r}: {start_again}")
         if state["step"] > self.c.steps:
-            raise ValueError(f"{path} is at step {state['step']}, beyond steps = {self.c.steps}: choose another run "
-                             "folder (mtx run --out …), or delete this one to start again")
+            raise ValueError(f"{path} is at step {state['step']}, beyond steps = {self.c.steps}: {start_again}")
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -351,8 +353,7 @@ def save_weights(model: MusicVAE, path: Path, config: Config, lengths: np.ndarra
 
 
 def write_lines(path: Path, wandb_run, lines: list[dict]) -> None:
-    with path.open("a") as f:
-        f.writelines(json.dumps(line) + "\n" for line in lines)
+    append(path, map(json.dumps, lines))
     for line in lines if wandb_run else []:
         wandb_run.log({f"{line['split']}/{k}": v for k, v in line.items() if k not in ("step", "split")},
                       step=line["step"])

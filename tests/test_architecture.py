@@ -10,7 +10,7 @@ import pytest
 import mtxlib
 
 FLOORS = (
-    ("cluster", "config", "files", "layers", "losses"),
+    ("cluster", "config", "files", "layers", "losses", "processes"),
     ("corpus", "data", "model"),
     ("tokens", "generate", "measure"),
     ("diagnose", "prior", "show", "train"),

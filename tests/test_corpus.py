@@ -8,10 +8,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import four_voices
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
 from mtxlib import corpus
-from mtxlib.corpus import Piece, load_corpus, normalise, read_score, split_by_tune
+from mtxlib.corpus import Piece, load_corpus, normalise, read_safely, read_score, split_by_tune
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -236,6 +237,50 @@ def test_musicxml_with_pickup_tie_chord_grace_note_and_transposition(tmp_path):
     assert quarters(score, 1) == [(3, 3, 48), (3, 3, 52)]
 
 
+@pytest.mark.parametrize("metres", [[((4, 4), 6)], [((3, 4), 7)], [((4, 4), 2), ((3, 4), 3)]])
+@pytest.mark.parametrize("pickup", [0, 1, 3])
+def test_a_chorale_on_two_staves_is_read_as_the_four_voices_it_was_written_from(metres, pickup, tmp_path):
+    """With rests, ties over bar lines, syncopations, a voice that is silent for two bars, and crossing voices."""
+    from mtxlib.show import musicxml
+
+    written = four_voices(pickup, metres, spread=9)
+    for i, track in enumerate(written.tracks):
+        track.notes = [n for n in track.notes if n.start >= pickup * Q and (i != 2 or not 4 * Q <= n.start < 12 * Q)]
+    written = normalise(written)
+    file = tmp_path / "closed.musicxml"
+    file.write_text(musicxml(written))
+    score = read_score(file)
+    assert (notes_of(score), metres_of(score)) == (notes_of(written), metres_of(written))
+    assert [(t.program, t.name) for t in score.tracks] == list(corpus.VOICES.items())
+
+
+def test_a_piano_staff_with_a_second_voice_now_and_then_stays_one_track(tmp_path):
+    from music21 import chord, note, stream
+
+    def hand(pitch, doubled, with_chord):
+        part = stream.Part()
+        for i in range(8):
+            upper, lower = stream.Voice(id="1"), stream.Voice(id="2")
+            upper.append([note.Note(pitch + i, quarterLength=2), note.Note(pitch, quarterLength=2)])
+            lower.append(chord.Chord([pitch - 9, pitch - 5], quarterLength=4) if with_chord and i == 0
+                         else note.Note(pitch - 9, quarterLength=4))
+            part.append(stream.Measure([upper, lower] if i < doubled else upper.notes, number=i + 1))
+        return part
+
+    def n_tracks(*hands):
+        file = tmp_path / "piano.musicxml"
+        stream.Score([hand(*h) for h in hands]).write("musicxml", file)
+        score = read_score(file)
+        assert score.note_num() == sum(16 + doubled + with_chord for _, doubled, with_chord in hands)
+        return len(score.tracks)
+
+    assert n_tracks((72, 8, False), (50, 8, False)) == 4
+    assert n_tracks((72, 4, False), (50, 5, False)) == 4
+    assert n_tracks((72, 3, False), (50, 8, False)) == 2, "a second voice in three bars of eight"
+    assert n_tracks((72, 8, True), (50, 8, False)) == 2, "a chord in a voice"
+    assert n_tracks((72, 8, False)) == 1, "one staff"
+
+
 def broken_files(folder):
     """name -> the start of the reason it must be left out for."""
     good = score_of((0, melody(0)), (1, melody(1))).dumps_midi()
@@ -267,6 +312,23 @@ def test_read_score_names_the_file_and_the_reason(tmp_path):
     assert len(read_score(tmp_path / "no_suffix").tracks) == 2
     with pytest.raises(ValueError, match="none.mid: .*No such file"):
         read_score(tmp_path / "none.mid")
+
+
+def test_files_nobody_has_vouched_for_are_read_apart(tmp_path, monkeypatch):
+    files = broken_files(tmp_path)
+    for name in ("empty.mid", "noise.mid", "noise_inside.mid", "bomb.mxl", "bad0.xml"):
+        with pytest.raises(ValueError, match=f"{name}: {files[name]}"):
+            read_safely(tmp_path / name)
+        with pytest.raises(ValueError, match=f"the file: {files[name]}"):
+            read_safely((tmp_path / name).read_bytes())
+    good = tmp_path / "no_suffix"
+    for score in (read_safely(good), read_safely(str(good)), read_safely(good.read_bytes())):
+        assert (notes_of(score), metres_of(score)) == (notes_of(read_score(good)), metres_of(read_score(good)))
+    (tmp_path / "sitecustomize.py").write_text("from mtxlib import corpus\nimport os\n"
+                                               "corpus.parse_midi = lambda data: os._exit(9)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="the file: crashed its process: 9"):
+        read_safely(good.read_bytes())
 
 
 # ---- sources
@@ -324,8 +386,43 @@ def test_a_file_that_hangs_or_crashes_its_reader_costs_itself_only(tmp_path, mon
     pieces = load_corpus("folder", tmp_path / "data", archive=str(tree), workers=1, progress=False)
     assert [p.name for p in pieces] == ["a.mid", "z.mid"]
     entries = manifest(pieces[0].path.parent)
-    assert entries["crash.mid"]["skipped"] == "crashed its reader: 9"
+    assert entries["crash.mid"]["skipped"] == "crashed its process: 9"
     assert entries["hang.mid"]["skipped"] == "timed out: 2 s"
+
+
+def test_what_was_read_before_it_was_stopped_is_not_read_again(tmp_path, monkeypatch):
+    tree, read = tmp_path / "tree", []
+    tree.mkdir()
+    for i in range(8):
+        score_of((0, melody(i))).dump_midi(tree / f"{i}.mid")
+    (tree / "3.mid").write_bytes(b"")
+    whole = load_corpus("folder", tmp_path / "whole", archive=str(tree), workers=1, progress=False)
+
+    def until_killed(tasks, workers, left=5):
+        for task in tasks[:left]:
+            read.append(task[0])
+            yield corpus.prepare(*task)
+        if len(tasks) > left:
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(corpus, "read_apart", until_killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        load_corpus("folder", tmp_path / "data", archive=str(tree), progress=False)
+    [notes] = tmp_path.glob("data/*/*.part")
+    notes.write_bytes(notes.read_bytes()[:-30])  # killed while it wrote the fifth
+    pieces = load_corpus("folder", tmp_path / "data", archive=str(tree), progress=False)
+    assert read == [f"{i}.mid" for i in (0, 1, 2, 3, 4, 4, 5, 6, 7)]
+    assert [(p.name, p.tune, p.split) for p in pieces] == [(p.name, p.tune, p.split) for p in whole]
+    folder = pieces[0].path.parent
+    assert manifest(folder) == manifest(whole[0].path.parent) and not list(folder.glob("*.part"))
+
+    with pytest.raises(RuntimeError, match="killed"):
+        load_corpus("folder", tmp_path / "other", archive=str(tree), progress=False)
+    (tree / "0.mid").write_bytes(b"other")  # the tree is another one now
+    read.clear()
+    with pytest.raises(RuntimeError, match="killed"):
+        load_corpus("folder", tmp_path / "other", archive=str(tree), progress=False)
+    assert read[0] == "0.mid"
 
 
 @pytest.fixture

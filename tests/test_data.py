@@ -63,7 +63,7 @@ META = {"vocab_size": 20, "n_bars": 1, "slot_table": [[0, 0, -1, 0, 0, 0]] * 20,
 
 def hand_made(folder, meta=META, save=lambda path: path.write_text("{}")):
     windows = Windows.pack(SEQUENCES, [s % 16 for s in SEQUENCES], [(0, 0, 0, 0), (0, 2, -5, 0), (1, 0, 0, 1)])
-    return write_store(folder, windows, meta, save)
+    return write_store(folder, [windows], meta, save)
 
 
 def test_store_round_trip(tmp_path):

@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from symusic import Note, Score, TimeSignature, Track
 
+from mtxlib import tokens
 from mtxlib.config import BOS, EOS, MASK, PAD
 from mtxlib.corpus import load_corpus
 from mtxlib.data import SPLITS, TokenStore
@@ -27,6 +30,7 @@ from mtxlib.tokens import (
     load_tokenizer,
     make_tokenizer,
     programs_of,
+    sample,
     store_folder,
     tokenize,
     window_bars,
@@ -378,6 +382,85 @@ def test_the_store_holds_every_window_in_every_key(store, config, pieces):
         assert slots.tolist() == codec.slots([ids.numpy()])[0].tolist()
 
 
+def files_of(folder):
+    return {f.name: f.read_bytes() for f in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name, bpe", [("REMI", 330), ("REMI", 0), ("TSD", 300), ("MMM", 0)])
+def test_a_store_written_in_shards_is_the_one_made_at_once_in_memory(name, bpe, config, pieces, tmp_path, monkeypatch):
+    """Every window tokenized by itself, BPE learned from all that do not overlap."""
+    monkeypatch.setattr("mtxlib.tokens.SHARD", 20)
+    config = config.replace(tokenizer=name, bpe_vocab=bpe, hop=1, data_dir=str(tmp_path), max_tokens=300)
+    store, codec = build_store(config, pieces), Codec(make_tokenizer(name, programs_of(pieces)), 4)
+    keyed = []
+    for number, piece in enumerate(pieces):
+        starts, bars, windows = windows_of(Score(piece.path), 4, 1 if piece.split == "train" else 4)
+        keyed += [(number, bar, shift, piece.split, base_ids(codec.tokenizer, window.shift_pitch(shift)))
+                  for bar, window in zip(bars, windows, strict=True) if window.note_num()
+                  for shift in (KEYS if piece.split == "train" else [0])]
+    if bpe:
+        codec = codec.learn_bpe([k[-1] for k in keyed if k[3] == "train" and k[1] % 4 == 0], bpe)
+    sequences = codec.finish([k[-1] for k in keyed])
+    fits = [len(ids) <= 300 for ids in sequences]
+    sequences = [ids for ids, fit in zip(sequences, fits, strict=True) if fit]
+    assert store.ids.tolist() == np.concatenate(sequences).tolist() and 20 < len(store)
+    assert store.slots.tolist() == np.concatenate(codec.slots(sequences)).tolist()
+    assert store.offsets.tolist() == np.cumsum([0, *map(len, sequences)]).tolist()
+    assert [tuple(w) for w in store.windows.tolist()] == [
+        (*k[:3], SPLITS.index(k[3])) for k, fit in zip(keyed, fits, strict=True) if fit]
+
+
+def test_processes_write_the_same_store(store, config, pieces, tmp_path, monkeypatch):
+    monkeypatch.setattr("mtxlib.tokens.SHARD", 30)
+    other = build_store(config.replace(data_dir=str(tmp_path)), pieces, workers=2)
+    assert other.folder.name == store.folder.name and files_of(other.folder) == files_of(store.folder)
+    assert list(other.folder.parent.iterdir()) == [other.folder], "nothing is left beside it"
+
+
+def test_shards_that_were_written_before_it_was_stopped_stay(store, config, pieces, tmp_path, monkeypatch):
+    monkeypatch.setattr("mtxlib.tokens.SHARD", 20)
+    write, written = tokens.write_shard, []
+
+    def until_killed(path, *args, left=3):
+        if len(written) == left:
+            raise RuntimeError("killed")
+        written.append(path)
+        return write(path, *args)
+
+    monkeypatch.setattr("mtxlib.tokens.write_shard", until_killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        build_store(config.replace(data_dir=str(tmp_path)), pieces, workers=1)
+    learned = store_folder(config.replace(data_dir=str(tmp_path)), pieces).with_name(
+        f".{store.folder.name}.parts") / "tokenizer.json"
+    assert learned.exists()
+    monkeypatch.setattr("mtxlib.tokens.write_shard", partial(until_killed, left=99))
+    monkeypatch.setattr("mtxlib.tokens.programs_of", lambda *_: pytest.fail("made a tokenizer again"))
+    again = build_store(config.replace(data_dir=str(tmp_path)), pieces, workers=1)
+    assert len(written) == len(set(written)) > 4 and files_of(again.folder) == files_of(store.folder)
+
+
+def test_a_store_that_another_process_finished_meanwhile_is_taken(store, config, pieces, tmp_path, monkeypatch):
+    def meanwhile(*_):
+        folder = store_folder(config.replace(data_dir=str(tmp_path)), pieces)
+        shutil.copytree(store.folder, folder)
+        shutil.rmtree(folder.with_name(f".{folder.name}.parts"))
+        raise OSError("the shards are gone")
+
+    monkeypatch.setattr("mtxlib.tokens.write_shard", meanwhile)
+    other = build_store(config.replace(data_dir=str(tmp_path)), pieces, workers=1)
+    assert files_of(other.folder) == files_of(store.folder)
+
+
+def test_bpe_learns_from_a_bounded_sample(config, pieces, monkeypatch):
+    codec = Codec(make_tokenizer(), 4)
+    whole = sample(codec, pieces, config.data)
+    monkeypatch.setattr("mtxlib.tokens.SAMPLE", 5)
+    few = sample(codec, pieces, config.data)
+    assert len(few) <= 5 * 12 < len(whole)
+    assert {ids.tobytes() for ids in few} <= {ids.tobytes() for ids in whole}
+    assert [ids.tolist() for ids in few] == [ids.tolist() for ids in sample(codec, pieces, config.data)]
+
+
 def test_no_piece_is_in_two_splits_of_the_store(store):
     parts = [set(store.windows["piece"][store.select(split)].tolist()) for split in SPLITS]
     assert all(parts) and sum(map(len, parts)) == len(set.union(*parts))
@@ -395,7 +478,9 @@ def test_a_store_is_built_once_and_anew_for_other_data(store, config, pieces, mo
     assert store_folder(config.replace(lr=1.0, bottleneck="conv"), pieces) == store.folder
 
 
-def test_windows_that_are_too_long_are_left_out_and_counted(config, pieces, tmp_path, capsys):
+def test_windows_that_are_too_long_are_left_out_and_counted(config, pieces, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mtxlib.tokens.SHARD", 1)  # some shards have no window left
+    monkeypatch.setattr("mtxlib.tokens.cores", lambda: 1)
     shorter = build_store(config.replace(max_tokens=150, data_dir=str(tmp_path), transpose=False), pieces)
     full = build_store(config.replace(data_dir=str(tmp_path), transpose=False), pieces)
     n_long = int((full.lengths > 150).sum())
