@@ -1,6 +1,8 @@
 """`load_run(folder)`: a trained run as one object, on CPU or GPU. What notebooks, scripts and widgets use.
 
-Music goes in as paths or `symusic.Score`s and comes out as scores; latents are float32 tensors (N, S, C) on the CPU.
+Music goes in as paths, `symusic.Score`s or the `corpus.Piece`s of `Run.pieces`, and comes out as scores; latents are
+float32 tensors (N, S, C) on the CPU. A path is read in a process of its own, for who knows what is in the file; a piece
+has been, when its corpus was made.
 """
 
 from __future__ import annotations  # symusic.Score is no class: `Path | Score` cannot be evaluated
@@ -24,6 +26,7 @@ from .prior import RowPrior, fit, lay, lines_of, load_prior, save_prior
 from .tokens import Codec, bar_starts, chain, cut, join, load_tokenizer, tokenize, window_bars
 from .walk import ATTRIBUTES, Directions, find, load_directions, save_directions
 
+Music = "str | Path | Piece | Score"
 BATCH = 128  # windows encoded or decoded at once
 
 
@@ -69,8 +72,8 @@ def load_weights(path: Path, config: Config) -> tuple[MusicVAE, dict[str, str]]:
     return model, metadata
 
 
-def name_of(music: str | Path | Score) -> str:
-    return "the score" if isinstance(music, Score) else str(music)
+def name_of(music: Music) -> str:
+    return "the score" if isinstance(music, Score) else music.name if isinstance(music, Piece) else str(music)
 
 
 class Run:
@@ -89,9 +92,12 @@ class Run:
 
     # -- music in -----------------------------------------------------------------------------------------------------
 
-    def score(self, music: str | Path | Score) -> Score:
-        """A path or score in normal form. Raises ValueError when a voice is one the tokenizer does not know."""
-        score = normalise(music) if isinstance(music, Score) else read_safely(music)
+    def score(self, music: Music) -> Score:
+        """Music in normal form. Raises ValueError when a voice is one the tokenizer does not know."""
+        if isinstance(music, Piece):
+            score = Score(music.path)
+        else:
+            score = normalise(music) if isinstance(music, Score) else read_safely(music)
         known = set(self.codec.tokenizer.config.programs)
         alien = sorted({-1 if t.is_drum else t.program for t in score.tracks if len(t.notes)} - known)
         if alien:
@@ -99,7 +105,7 @@ class Run:
                              f"chorale get them by themselves), got {alien}")
         return score
 
-    def windows(self, music: str | Path | Score) -> tuple[Score, list[int], list[Score]]:
+    def windows(self, music: Music) -> tuple[Score, list[int], list[Score]]:
         """The normalised score, the first bar of each window, and the windows: end to end, the last one ending with the
         piece, over bars of the one before where it has to. ValueError where one has more notes than `max_tokens`."""
         score = self.score(music)
@@ -112,7 +118,7 @@ class Run:
                                  f"{window.note_num():,} from bar {bar + 1} on")
         return score, bars, windows
 
-    def encode(self, music: list[str | Path | Score]) -> Tensor:
+    def encode(self, music: list[Music]) -> Tensor:
         """Posterior means (N, S, C) of the windows of all pieces, one after the other, `n_bars` bars each."""
         if not music:
             raise ValueError("music: expected at least one path or score, got an empty list")
@@ -148,7 +154,7 @@ class Run:
                        max_tokens=self.max_tokens, temperature=temperature, top_p=top_p, seed=seed + part.start,
                        grammar=self.codec.grammar, begin=begin and begin[part])]
 
-    def reconstruct(self, music: str | Path | Score, temperature: float = 0.0) -> Score:
+    def reconstruct(self, music: Music, temperature: float = 0.0) -> Score:
         """A whole piece through the latent, window by window, with the original's metre and tempo."""
         score, bars, windows = self.windows(music)
         out = join(self.decode(self.encode_windows(windows), temperature), bars, self.n_bars, bar_starts(score))
@@ -184,12 +190,12 @@ class Run:
         return self.decode(prior_latents(self.model, n, self.mean_tokens, seed), temperature, top_p, seed)
 
     def generate(self, bars: int = 64, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0,
-                 prompt: str | Path | Score | None = None) -> Score:
+                 prompt: Music | None = None) -> Score:
         """One piece of `bars` bars from the prior; with a `prompt` it opens with that music and goes on from there."""
         return self.compose(1, bars, seed, temperature, top_p, prompt)[0]
 
     def compose(self, n: int, bars: int = 64, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0,
-                prompt: str | Path | Score | None = None) -> list[Score]:
+                prompt: Music | None = None) -> list[Score]:
         """n pieces of `bars` bars each, the prompt's included.
 
         With a learned prior (see `fit_prior`) the rows of a whole piece are drawn one after the other, in the
@@ -237,7 +243,7 @@ class Run:
         return self.codec.encode([part])[0][:-1].tolist() if part.note_num() else [BOS]
 
     @torch.no_grad()
-    def line(self, music: str | Path | Score) -> Tensor:
+    def line(self, music: Music) -> Tensor:
         """Posterior means (T, C) of a whole piece, `rows_per_bar` rows a bar; a prior goes on from it."""
         score, bars, windows = self.windows(music)
         found = [(bar, mu, mu) for bar, mu in zip(bars, self.encode_windows(windows), strict=True)]
@@ -267,7 +273,7 @@ class Run:
         path, weights = self.folder / "directions.safetensors", self.folder / "model.safetensors"
         directions = load_directions(path, weights)
         if directions is None:
-            windows = [w for piece in self.pieces("train") for w in self.windows(piece.path)[2] if w.note_num()]
+            windows = [w for piece in self.pieces("train") for w in self.windows(piece)[2] if w.note_num()]
             values = np.array([[attribute(w) for attribute in ATTRIBUTES.values()] for w in windows])
             directions = find(self.encode_windows(windows), values, list(ATTRIBUTES))
             save_directions(directions, path, weights)

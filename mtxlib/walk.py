@@ -172,7 +172,7 @@ def pairs_of(run, n: int = 100, split: str = "test", seed: int = 0) -> list[tupl
     Raises ValueError where there is none.
     """
     windows = [(i, [(m.time, m.numerator, m.denominator) for m in window.time_signatures], window)
-               for i, piece in enumerate(run.pieces(split)) for window in run.windows(piece.path)[2]
+               for i, piece in enumerate(run.pieces(split)) for window in run.windows(piece)[2]
                if window.note_num()]
     drawn = np.random.default_rng(seed).integers(len(windows), size=(20 * n, 2)).tolist()
     pairs = [(windows[i][2], windows[j][2]) for i, j in drawn

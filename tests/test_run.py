@@ -251,6 +251,10 @@ def test_voices_the_tokenizer_does_not_know_are_refused(run, tmp_path):
         run.encode([tmp_path / "text.mid"])
 
 
+def test_a_piece_of_the_corpus_is_as_good_as_its_path(run, pieces):
+    torch.testing.assert_close(run.encode([pieces[0]]), run.encode([pieces[0].path]))
+
+
 def test_any_four_voices_are_welcome(run):
     """Piano voices, off the grid, in no order: they become soprano to bass."""
     score = Score(96)

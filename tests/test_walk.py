@@ -174,7 +174,7 @@ def test_leakage_is_the_rank_correlation_of_each_attribute_with_the_slider():
 
 def test_responses_at_zero_are_the_reconstructions(walker, pieces):
     directions = walker.directions()
-    windows = [walker.windows(piece.path)[2][0] for piece in pieces[:3]]
+    windows = [walker.windows(piece)[2][0] for piece in pieces[:3]]
     frame = walk.responses(walker, directions, windows, (-1, 0))
     assert len(frame) == 5 * 2 * 3
     decoded = walker.decode(walker.encode_windows(windows))
@@ -250,14 +250,14 @@ def test_pairs_are_of_two_pieces_and_one_metre(walker):
 def test_cost_is_the_negative_elbo_of_the_diagnosis(walker, pieces):
     some = [piece for piece in pieces if piece.name != "gap.mid"][:3]  # the gap makes empty windows
     d = diagnose(walker.model, walker.codec, tokenize(walker.codec, some), walker.config, n_prior=2)
-    cost = walk.cost(walker, [window for piece in some for window in walker.windows(piece.path)[2]])
+    cost = walk.cost(walker, [window for piece in some for window in walker.windows(piece)[2]])
     assert cost.shape == (d["n_windows"],)
     assert cost.mean() == pytest.approx(d["recon_nats"] + d["rate_nats"], rel=0.01)  # other samples of the posterior
 
 
 def test_what_is_too_long_for_the_model_has_no_cost(run_dir, pieces):
     run = load_run(run_dir, "cpu")
-    windows = [window for piece in pieces[:4] for window in run.windows(piece.path)[2]]
+    windows = [window for piece in pieces[:4] for window in run.windows(piece)[2]]
     limit = int(np.median(run.pack(windows).lengths))
     run.config = run.config.replace(max_tokens=limit)
     assert (np.isnan(walk.cost(run, windows)) == (run.pack(windows).lengths > limit)).all()
