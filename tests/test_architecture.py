@@ -13,8 +13,9 @@ FLOORS = (
     ("config", "files", "layers", "losses"),
     ("corpus", "data", "model"),
     ("tokens", "generate", "measure"),
-    ("diagnose", "prior", "show", "train"),
-    ("judge", "run"),
+    ("diagnose", "judge", "show", "train"),
+    ("prior",),
+    ("run",),
     ("morph", "steer", "workbook"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
