@@ -36,6 +36,7 @@ KEYS = [*TONICS, ""]  # twelve major, twelve minor, unknown
 EDGE = 4  # bars from the beginning, and to the end, that are told apart
 CONTEXT = 64  # rows that are looked back to, as in training
 SIGMA_RANGE = (-4.0, 1.5)  # of log sigma
+NOISE = 0.3  # share of the posterior's sigma in the rows that are learned: from more, chords are blurred
 
 
 class Line(NamedTuple):
@@ -89,7 +90,7 @@ class RowPrior(nn.Module):
         hidden = self.to_hidden(state).unflatten(-1, (self.channels, -1))[..., c, :]             # (..., c, H)
         hidden = F.gelu(hidden + (z @ from_row.flatten(1)).view(hidden.shape))
         out = torch.einsum("...ch,cho->...co", hidden, self.to_mixture[c]) + self.bias[c]        # (..., c, 3K)
-        weights, mean, log_sigma = out.chunk(3, dim=-1)
+        weights, mean, log_sigma = out.float().chunk(3, dim=-1)
         return weights.log_softmax(-1), mean, log_sigma.clamp(*SIGMA_RANGE)
 
     def log_prob(self, z: Tensor, state: Tensor) -> Tensor:
@@ -168,10 +169,10 @@ def lay(found: list[tuple[int, Tensor, Tensor]], n_bars: int) -> tuple[Tensor, T
 
 
 class Stretches(NamedTuple):
-    """CONTEXT rows of each of B pieces, drawn from their posteriors; T = CONTEXT."""
+    """CONTEXT rows of each of B pieces, drawn from their posteriors narrowed to NOISE; T = CONTEXT."""
 
     z: Tensor  # (B, 1 + T, C), the row before them in front
-    logvar: Tensor  # (B, T, C), 0 beyond the end
+    log_sigma: Tensor  # (B, T, C)
     at: Tensor  # (B, T), the number of each row in its piece
     n_rows: Tensor  # (B,), and what else a prior is told of the pieces
     key: Tensor
@@ -193,9 +194,10 @@ def stretches(lines: list[Line], rows_per_bar: int, generator: torch.Generator) 
     for mu, logvar, *told in lines:
         later = max(0, len(mu) - CONTEXT) // rows_per_bar
         start = int(torch.randint(later + 1, (), generator=generator)) * rows_per_bar
-        z = mu + torch.randn(mu.shape, generator=generator) * (0.5 * logvar).exp()
+        log_sigma = 0.5 * logvar + math.log(NOISE)
+        z = mu + torch.randn(mu.shape, generator=generator) * log_sigma.exp()
         parts.append((F.pad(z, (0, 0, 1, CONTEXT))[start:start + CONTEXT + 1],
-                      F.pad(logvar, (0, 0, 0, CONTEXT))[start:start + CONTEXT],
+                      F.pad(log_sigma, (0, 0, 0, CONTEXT))[start:start + CONTEXT],
                       torch.arange(start, start + CONTEXT), *map(torch.tensor, (len(mu), *told))))
     return Stretches(*(torch.stack(x) for x in zip(*parts, strict=True)))
 
@@ -212,7 +214,9 @@ def fit(lines: list[Line], held_out: list[Line], rows_per_bar: int, *, steps: in
     bar = tqdm(range(steps), desc="prior over rows", mininterval=1.0)
     for _ in bar:
         drawn = torch.randint(len(lines), (batch_size,), generator=generator).tolist()
-        loss = stretches([lines[i] for i in drawn], rows_per_bar, generator).nats(prior).mean()
+        batch = stretches([lines[i] for i in drawn], rows_per_bar, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = batch.nats(prior).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
@@ -224,10 +228,11 @@ def fit(lines: list[Line], held_out: list[Line], rows_per_bar: int, *, steps: in
 
 @torch.no_grad()
 def rates(prior: RowPrior, lines: list[Line], rows_per_bar: int, seed: int = 0) -> dict[str, float]:
-    """What a row costs, in nats, under N(0, I) and under the learned prior: KL(q || p), one sample a row."""
+    """What a row costs, in nats, under N(0, I) and under the learned prior: KL(q || p), one sample a row, of the
+    posteriors q narrowed to NOISE."""
     drawn = stretches(lines, rows_per_bar, torch.Generator().manual_seed(seed))
     normal = 0.5 * (drawn.z[:, 1:].square() + math.log(2 * math.pi)).sum(-1)[drawn.is_there]
-    entropy = 0.5 * (drawn.logvar + 1 + math.log(2 * math.pi)).sum(-1)[drawn.is_there]
+    entropy = (drawn.log_sigma + 0.5 * (1 + math.log(2 * math.pi))).sum(-1)[drawn.is_there]
     return {"normal": float((normal - entropy).mean()), "learned": float((drawn.nats(prior) - entropy).mean())}
 
 

@@ -170,7 +170,8 @@ class Run:
         return self.compose(1, bars, seed, temperature, **how)[0]
 
     def compose(self, n: int, bars: int = 64, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0,
-                prompt: str | Path | Score | None = None, key: str | None = None, cadence: bool = True) -> list[Score]:
+                prompt: str | Path | Score | None = None, key: str | None = None, cadence: bool = True,
+                learned: bool = True) -> list[Score]:
         """n pieces of `bars` bars each, the prompt's included.
 
         With a learned prior (see `fit_prior`) the rows of a whole piece are drawn at `temperature` one after the other,
@@ -178,11 +179,12 @@ class Run:
         last bar of the one before. A piece opens with the music of `prompt`, is in `key` ("a minor"; the prompt's, or
         any, if None) and, with `cadence`, ends as those pieces did that `judge.closes` finds closed.
 
-        Without one, windows drawn from N(0, 1) and decoded at `temperature` and `top_p` are laid end to end.
+        Without one, or not `learned`, windows drawn from N(0, 1), decoded at `temperature` and `top_p`, are laid end to
+        end.
         """
         if bars < 1:
             raise ValueError(f"bars: expected at least 1, got {bars}")
-        if self.prior is None:
+        if self.prior is None or not learned:
             for name, value in (("prompt", prompt), ("key", key)):
                 if value is not None:
                     raise ValueError(f"{name}: expected a run with a learned prior, N(0, 1) cannot follow one; call "

@@ -10,9 +10,11 @@ from symusic import Score
 from torch import distributions
 
 from mtxlib.config import BOS
+from mtxlib.corpus import key_of
 from mtxlib.prior import (
     CONTEXT,
     KEYS,
+    NOISE,
     Line,
     RowPrior,
     fit,
@@ -120,12 +122,12 @@ def test_samples_go_on_from_what_they_are_given_and_repeat(prior):
 
 
 def walk(n, rng, rho=0.9):
-    """An AR(1) process of variance 1, known up to a posterior of variance 0.01."""
+    """An AR(1) process of variance 1, known up to a standard deviation of 0.1."""
     x = rng.standard_normal((n, C)) * np.sqrt(1 - rho**2)
     x[0] /= np.sqrt(1 - rho**2)
     for t in range(1, n):
         x[t] += rho * x[t - 1]
-    return Line(torch.tensor(x, dtype=torch.float32), torch.full((n, C), np.log(0.01)).float(), 3, 1)
+    return Line(torch.tensor(x, dtype=torch.float32), torch.full((n, C), 2 * np.log(0.1 / NOISE)).float(), 3, 1)
 
 
 def test_the_prior_learns_how_rows_follow():
@@ -233,11 +235,48 @@ def test_a_window_goes_on_from_the_end_of_the_one_before(composer, pieces):
     assert [n for n in notes(again) if n[0] <= expected[-1][0]][:len(expected)] == expected
 
 
+def test_each_window_of_a_piece_goes_on_from_the_end_of_the_one_before(composer, monkeypatch):
+    asked, context = [], composer.context
+    monkeypatch.setattr(composer, "context", lambda window, *bars: asked.append(bars) or context(window, *bars))
+    composer.compose(2, 9, seed=4)
+    assert asked == [(4, 1)] * 2 + [(4, 2)] * 2, "the last bar; before the last window, which ends with the piece, two"
+
+
+@pytest.mark.parametrize(("asked", "heard"), [({}, (None, True)), ({"key": "b minor"}, ("b minor", True)),
+                                              ({"cadence": False}, (None, False)), ({"prompt": 0}, ("", True)),
+                                              ({"prompt": 0, "key": "A major"}, ("A major", True))])
+def test_the_prior_is_told_key_and_ending(asked, heard, composer, pieces, monkeypatch):
+    piece, told, sample = min(pieces, key=lambda p: p.bars), [], composer.prior.sample
+    monkeypatch.setattr(composer.prior, "sample", lambda n, rows, *how: told.append(how[3:]) or sample(n, rows, *how))
+    composer.generate(piece.bars + 1, **{**asked, **({"prompt": piece.path} if "prompt" in asked else {})})
+    assert told == [(heard[0] if heard[0] != "" else key_of(Score(piece.path)), heard[1])]
+
+
+def test_keys_that_are_none_are_refused(composer):
+    with pytest.raises(ValueError, match="key: expected one of C major, .*, b minor, got 'H dur'"):
+        composer.generate(4, key="H dur")
+
+
 def test_without_a_prior_nothing_can_be_continued(run_dir, pieces):
     run = load_run(run_dir, "cpu")
     with pytest.raises(ValueError, match="prompt: expected a run with a learned prior"):
         run.generate(64, prompt=pieces[0].path)
+    with pytest.raises(ValueError, match="key: expected a run with a learned prior"):
+        run.generate(64, key="a minor")
     assert isinstance(run.generate(5), Score)
+
+
+def test_the_normal_prior_can_still_be_asked_for(composer, run_dir):
+    plain = load_run(run_dir, "cpu")
+    assert notes(composer.generate(6, seed=2, learned=False)) == notes(plain.generate(6, seed=2))
+    assert notes(composer.generate(6, seed=2)) != notes(plain.generate(6, seed=2))
+
+
+@pytest.mark.parametrize("bottleneck", ["conv", "none"])
+def test_a_latent_that_does_not_follow_the_bars_has_no_such_prior(bottleneck, composer, monkeypatch):
+    monkeypatch.setattr(composer, "config", composer.config.replace(bottleneck=bottleneck))
+    with pytest.raises(ValueError, match=f"bottleneck: expected rows, .* got '{bottleneck}'"):
+        composer.fit_prior(steps=1)
 
 
 def test_fit_prior_is_kept_and_loaded(composer, run_dir):
