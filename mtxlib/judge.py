@@ -76,14 +76,14 @@ def mean(values: list | np.ndarray) -> float:
 def voices_of(scores: list[Score]) -> list[int]:
     """The programs of all tracks but drums, from the highest mean pitch to the lowest."""
     pitches: dict[int, list[int]] = {}
-    for track in (t for score in scores for t in score.tracks if not t.is_drum):
+    for track in (t for score in scores for t in score.tracks if t.notes and not t.is_drum):
         pitches.setdefault(track.program, []).extend(n.pitch for n in track.notes)
     return sorted(pitches, key=lambda program: -np.mean(pitches[program]))
 
 
 def notes_of(score: Score, voices: list[int]) -> np.ndarray:
-    """(N, 4) integers: voice, onset and length in sixteenths, pitch; by voice, then onset."""
-    notes = [(voices.index(t.program), n.start * 4 // score.tpq, n.duration * 4 // score.tpq, n.pitch)
+    """(N, 4) integers: voice, onset and length in sixteenths, one at least, pitch; by voice, then onset."""
+    notes = [(voices.index(t.program), n.start * 4 // score.tpq, max(1, n.duration * 4 // score.tpq), n.pitch)
              for t in score.tracks if not t.is_drum and t.program in voices for n in t.notes]
     return np.array(sorted(notes), dtype=int).reshape(-1, 4)
 

@@ -24,6 +24,7 @@ from symusic import Score
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .config import TrainConfig
 from .corpus import Piece
 from .data import Windows
 from .files import atomic
@@ -31,12 +32,12 @@ from .judge import TONICS, closes, voices_of
 from .layers import DecoderBlock
 from .model import MusicVAE
 from .tokens import Codec, cut_pieces, in_all_keys
+from .train import make_optimizers
 
 KEYS = [*TONICS, ""]  # twelve major, twelve minor, unknown
 EDGE = 4  # bars from the beginning, and to the end, that are told apart
 CONTEXT = 64  # rows that are looked back to, as in training
 SIGMA_RANGE = (-4.0, 1.5)  # of log sigma
-NOISE = 0.3  # share of the posterior's sigma in the rows that are learned: from more, chords are blurred
 
 
 class Line(NamedTuple):
@@ -111,9 +112,10 @@ class RowPrior(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, n_rows: int, temperature: float = 1.0, seed: int = 0, begin: Tensor | None = None,
-               key: str | None = None, closes: bool = True) -> Tensor:
-        """n pieces of n_rows rows, (n, n_rows, C), on the CPU; with `begin` (T, C) they all go on from there. Without a
-        `key` (of KEYS) each has its own, drawn as often as it was met in training."""
+               key: str | None = None, closes: bool = True, endings: int = 1) -> Tensor:
+        """n pieces of n_rows rows, (n * endings, n_rows, C), on the CPU; with `begin` (T, C) they all go on from there.
+        Without a `key` (of KEYS) each has its own, drawn as often as it was met in training. Of each piece there are
+        `endings` versions, one after the other, that differ in their last bar."""
         generator = torch.Generator().manual_seed(seed)
         keys = (torch.multinomial(self.keys, n, replacement=True, generator=generator) if key is None
                 else torch.full((n,), KEYS.index(key)))
@@ -121,9 +123,11 @@ class RowPrior(nn.Module):
         if given:
             z[:, 1:given + 1] = begin
         for row in range(given, n_rows):  # z[:, row] is the row before
+            if row == max(given, n_rows - self.rows_per_bar):
+                z, keys = z.repeat_interleave(endings, 0), keys.repeat_interleave(endings)
             first = max(0, row + 1 - CONTEXT)
-            state = self(z[:, first:row + 1], torch.arange(first, row + 1).expand(n, -1), torch.full((n,), n_rows),
-                         keys, torch.full((n,), int(closes)))
+            at, told = torch.arange(first, row + 1).expand(len(z), -1), torch.tensor([[n_rows], [closes]])
+            state = self(z[:, first:row + 1], at, told[0].expand(len(z)), keys, told[1].expand(len(z)))
             z[:, row + 1] = self.draw(state[:, -1], temperature, generator)
         return z[:, 1:]
 
@@ -169,10 +173,10 @@ def lay(found: list[tuple[int, Tensor, Tensor]], n_bars: int) -> tuple[Tensor, T
 
 
 class Stretches(NamedTuple):
-    """CONTEXT rows of each of B pieces, drawn from their posteriors narrowed to NOISE; T = CONTEXT."""
+    """CONTEXT rows of each of B pieces, drawn from their posteriors; T = CONTEXT."""
 
     z: Tensor  # (B, 1 + T, C), the row before them in front
-    log_sigma: Tensor  # (B, T, C)
+    logvar: Tensor  # (B, T, C), 0 beyond the end
     at: Tensor  # (B, T), the number of each row in its piece
     n_rows: Tensor  # (B,), and what else a prior is told of the pieces
     key: Tensor
@@ -194,45 +198,44 @@ def stretches(lines: list[Line], rows_per_bar: int, generator: torch.Generator) 
     for mu, logvar, *told in lines:
         later = max(0, len(mu) - CONTEXT) // rows_per_bar
         start = int(torch.randint(later + 1, (), generator=generator)) * rows_per_bar
-        log_sigma = 0.5 * logvar + math.log(NOISE)
-        z = mu + torch.randn(mu.shape, generator=generator) * log_sigma.exp()
+        z = mu + torch.randn(mu.shape, generator=generator) * (0.5 * logvar).exp()
         parts.append((F.pad(z, (0, 0, 1, CONTEXT))[start:start + CONTEXT + 1],
-                      F.pad(log_sigma, (0, 0, 0, CONTEXT))[start:start + CONTEXT],
+                      F.pad(logvar, (0, 0, 0, CONTEXT))[start:start + CONTEXT],
                       torch.arange(start, start + CONTEXT), *map(torch.tensor, (len(mu), *told))))
     return Stretches(*(torch.stack(x) for x in zip(*parts, strict=True)))
 
 
 def fit(lines: list[Line], held_out: list[Line], rows_per_bar: int, *, steps: int = 1500, batch_size: int = 64,
-        lr: float = 2e-3, seed: int = 0, **sizes) -> tuple[RowPrior, dict[str, float]]:
+        lr: float = 5e-3, seed: int = 0, **sizes) -> tuple[RowPrior, dict[str, float]]:
     """Learn a prior from posteriors; returns it and its figures on held-out pieces, see `rates`."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     prior = RowPrior(lines[0].mu.shape[1], rows_per_bar, **sizes)
     prior.keys = torch.bincount(torch.tensor([line.key for line in lines]), minlength=len(KEYS)).float()
-    optimizer = torch.optim.AdamW(prior.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    optimizers = make_optimizers(prior, TrainConfig(lr=lr))
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1,
+                                                     cycle_momentum=False) for optimizer in optimizers]
     bar = tqdm(range(steps), desc="prior over rows", mininterval=1.0)
     for _ in bar:
         drawn = torch.randint(len(lines), (batch_size,), generator=generator).tolist()
         batch = stretches([lines[i] for i in drawn], rows_per_bar, generator)
         with torch.autocast("cpu", torch.bfloat16):
             loss = batch.nats(prior).mean()
-        optimizer.zero_grad()
+        prior.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for step in (*optimizers, *schedules):
+            step.step()
         bar.set_postfix(nats_a_row=f"{loss.item():.2f}")
     return prior.eval(), rates(prior, held_out, rows_per_bar)
 
 
 @torch.no_grad()
 def rates(prior: RowPrior, lines: list[Line], rows_per_bar: int, seed: int = 0) -> dict[str, float]:
-    """What a row costs, in nats, under N(0, I) and under the learned prior: KL(q || p), one sample a row, of the
-    posteriors q narrowed to NOISE."""
+    """What a row costs, in nats, under N(0, I) and under the learned prior: KL(q || p), one sample a row."""
     drawn = stretches(lines, rows_per_bar, torch.Generator().manual_seed(seed))
     normal = 0.5 * (drawn.z[:, 1:].square() + math.log(2 * math.pi)).sum(-1)[drawn.is_there]
-    entropy = (drawn.log_sigma + 0.5 * (1 + math.log(2 * math.pi))).sum(-1)[drawn.is_there]
+    entropy = 0.5 * (drawn.logvar + 1 + math.log(2 * math.pi)).sum(-1)[drawn.is_there]
     return {"normal": float((normal - entropy).mean()), "learned": float((drawn.nats(prior) - entropy).mean())}
 
 

@@ -18,11 +18,13 @@ from .corpus import Piece, key_of, load_corpus, normalise, read_score
 from .data import Windows
 from .diagnose import diagnose
 from .generate import decode, mix, prior_latents, slerp
+from .judge import closes, voices_of
 from .model import MusicVAE
 from .prior import KEYS, RowPrior, fit, lay, lines_of, load_prior, save_prior
 from .tokens import Codec, bar_starts, chain, cut, join, load_tokenizer, tokenize, window_bars
 
 BATCH = 128  # windows encoded or decoded at once
+ENDINGS = 8  # last bars that are tried for a cadence
 OVERLAP = 1  # bars of the window before that a window of a long piece begins with
 
 
@@ -177,7 +179,8 @@ class Run:
         With a learned prior (see `fit_prior`) the rows of a whole piece are drawn at `temperature` one after the other,
         by a model that knows how many bars are left; each window is then decoded greedily as the continuation of the
         last bar of the one before. A piece opens with the music of `prompt`, is in `key` ("a minor"; the prompt's, or
-        any, if None) and, with `cadence`, ends as those pieces did that `judge.closes` finds closed.
+        any, if None) and, with `cadence`, ends as those pieces did that `judge.closes` finds closed; of ENDINGS last
+        bars the first is taken that closes by the same measure.
 
         Without one, or not `learned`, windows drawn from N(0, 1), decoded at `temperature` and `top_p`, are laid end to
         end.
@@ -198,20 +201,25 @@ class Run:
         done = len(bar_starts(opening)) - 1 if opening else 0
         if done >= bars:
             raise ValueError(f"bars: expected more than the {done} bars of the prompt, got {bars}")
-        per_bar, total = self.prior.rows_per_bar, max(bars, self.n_bars)
+        per_bar, total, endings = self.prior.rows_per_bar, max(bars, self.n_bars), ENDINGS if cadence else 1
         z = self.prior.sample(n, bars * per_bar, temperature, seed, opening and self.line(opening),
-                              key or (opening and key_of(opening)), cadence)
+                              key or (opening and key_of(opening)), cadence, endings)
         z = torch.nn.functional.pad(z, (0, 0, 0, (total - bars) * per_bar))
         pieces, spans = [[opening] * (done > 0) for _ in range(n)], [(0, done)] * (done > 0)
         while done < bars:
             bar = min(max(0, done - OVERLAP), total - self.n_bars)
+            is_last = bar + self.n_bars >= bars
             begin = [self.context(piece[-1], spans[-1][1], done - bar) if done else [BOS] for piece in pieces]
-            rows = z[:, bar * per_bar:(bar + self.n_bars) * per_bar]
-            new = self.decode(rows, begin=begin)
-            pieces = [[*piece, score] for piece, score in zip(pieces, new, strict=True)]
+            if is_last:
+                pieces, begin = ([x for x in xs for _ in range(endings)] for xs in (pieces, begin))
+            rows = z[::1 if is_last else endings, bar * per_bar:(bar + self.n_bars) * per_bar]
+            pieces = [[*piece, new] for piece, new in zip(pieces, self.decode(rows, begin=begin), strict=True)]
             spans.append((done - bar, min(self.n_bars, bars - bar)))
             done = bar + self.n_bars
-        return [chain(piece, spans) for piece in pieces]
+        scores = [chain(piece, spans) for piece in pieces]
+        voices = voices_of(scores)
+        return [next((score for score in scores[i:i + endings] if closes(score, voices)), scores[i])
+                for i in range(0, len(scores), endings)]
 
     def context(self, window: Score, last: int, n: int) -> list[int]:
         """Ids of the n bars of a window before its bar `last`, BOS first, for a decoder that goes on from there."""

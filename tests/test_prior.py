@@ -14,7 +14,6 @@ from mtxlib.corpus import key_of
 from mtxlib.prior import (
     CONTEXT,
     KEYS,
-    NOISE,
     Line,
     RowPrior,
     fit,
@@ -121,13 +120,22 @@ def test_samples_go_on_from_what_they_are_given_and_repeat(prior):
     assert torch.equal(a[0, :6], begin) and torch.equal(a[1, :6], begin) and not torch.equal(a[0], a[1])
 
 
+@pytest.mark.parametrize("given", [0, 6, 21])
+def test_endings_differ_in_the_last_bar(given, prior):
+    z = prior.sample(2, 24, seed=1, begin=torch.randn(given, C) if given else None, endings=3).view(2, 3, 24, C)
+    fork = max(20, given)
+    assert torch.equal(z[:, 0, :fork], z[:, 1, :fork]) and torch.equal(z[:, 0, :fork], z[:, 2, :fork])
+    assert (z[:, 0, fork:] != z[:, 1, fork:]).all() and (z[:, 1, fork:] != z[:, 2, fork:]).all()
+    assert (z[0, :, given:fork] != z[1, :, given:fork]).all()
+
+
 def walk(n, rng, rho=0.9):
-    """An AR(1) process of variance 1, known up to a standard deviation of 0.1."""
+    """An AR(1) process of variance 1, known up to a posterior of variance 0.01."""
     x = rng.standard_normal((n, C)) * np.sqrt(1 - rho**2)
     x[0] /= np.sqrt(1 - rho**2)
     for t in range(1, n):
         x[t] += rho * x[t - 1]
-    return Line(torch.tensor(x, dtype=torch.float32), torch.full((n, C), 2 * np.log(0.1 / NOISE)).float(), 3, 1)
+    return Line(torch.tensor(x, dtype=torch.float32), torch.full((n, C), np.log(0.01)).float(), 3, 1)
 
 
 def test_the_prior_learns_how_rows_follow():
@@ -247,9 +255,22 @@ def test_each_window_of_a_piece_goes_on_from_the_end_of_the_one_before(composer,
                                               ({"prompt": 0, "key": "A major"}, ("A major", True))])
 def test_the_prior_is_told_key_and_ending(asked, heard, composer, pieces, monkeypatch):
     piece, told, sample = min(pieces, key=lambda p: p.bars), [], composer.prior.sample
-    monkeypatch.setattr(composer.prior, "sample", lambda n, rows, *how: told.append(how[3:]) or sample(n, rows, *how))
+    monkeypatch.setattr(composer.prior, "sample", lambda n, rows, *how: told.append(how[3:5]) or sample(n, rows, *how))
     composer.generate(piece.bars + 1, **{**asked, **({"prompt": piece.path} if "prompt" in asked else {})})
     assert told == [(heard[0] if heard[0] != "" else key_of(Score(piece.path)), heard[1])]
+
+
+def test_of_several_endings_one_that_closes_is_taken(composer, monkeypatch):
+    open_ended = composer.compose(2, 6, seed=4, cadence=False)
+    assert len(open_ended) == 2
+    offered = []
+    monkeypatch.setattr("mtxlib.run.closes", lambda score, voices: offered.append(score) or len(offered) in (3, 9))
+    a, b = composer.compose(2, 6, seed=4)
+    assert len(offered) == 9 and notes(a) == notes(offered[2]) and notes(b) == notes(offered[8])
+    line = 4 * 1920
+    assert len({str([n for n in notes(score) if n[0] < line]) for score in offered[:3]}) == 1, "one piece up to there"
+    monkeypatch.setattr("mtxlib.run.closes", lambda score, voices: False)
+    assert [notes(s) for s in composer.compose(2, 6, seed=4)] == [notes(s) for s in (offered[0], offered[3])]
 
 
 def test_keys_that_are_none_are_refused(composer):
