@@ -32,7 +32,7 @@ from .judge import TONICS, closes, voices_of
 from .layers import DecoderBlock
 from .model import MusicVAE
 from .tokens import Codec, cut_pieces, in_all_keys
-from .train import make_optimizers
+from .train import autocast_for, make_optimizers
 
 KEYS = [*TONICS, ""]  # twelve major, twelve minor, unknown
 EDGE = 4  # bars from the beginning, and to the end, that are told apart
@@ -56,7 +56,7 @@ class RowPrior(nn.Module):
         self.settings = {"channels": channels, "rows_per_bar": rows_per_bar, "d_model": d_model,
                          "n_layers": n_layers, "n_heads": n_heads, "hidden": hidden, "components": components}
         self.channels, self.rows_per_bar = channels, rows_per_bar
-        self.register_buffer("keys", torch.ones(len(KEYS)))  # how often each was there in training
+        self.register_buffer("keys", torch.ones(len(KEYS)))  # the share of each in training
         self.row = nn.Linear(channels, d_model)
         self.opening = nn.Parameter(0.02 * torch.randn(d_model))  # stands for the row before the first
         self.place, self.key = nn.Embedding(rows_per_bar, d_model), nn.Embedding(len(KEYS), d_model)
@@ -64,7 +64,7 @@ class RowPrior(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(d_model, n_heads, cross=False) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model)
         self.to_hidden = nn.Linear(d_model, channels * hidden)
-        self.from_row = nn.Parameter(0.1 * torch.randn(channels, channels, hidden))  # [i, j]: what j learns of i < j
+        self.from_row = nn.Parameter(0.1 * torch.randn(hidden, channels, channels))  # [:, i, j]: what j hears of i < j
         self.to_mixture = nn.Parameter(hidden ** -0.5 * torch.randn(channels, hidden, 3 * components))
         self.bias = nn.Parameter(torch.zeros(channels, 3 * components))
         with torch.no_grad():
@@ -87,9 +87,8 @@ class RowPrior(nn.Module):
     def mixture(self, state: Tensor, z: Tensor, c: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
         """log weights, means and log sigmas (..., channels `c`, K) from states (..., D) and rows z (..., C), of which
         each channel is told those before it."""
-        from_row = (self.from_row * self.from_row.new_ones(self.channels, self.channels).triu(1)[..., None])[:, c]
         hidden = self.to_hidden(state).unflatten(-1, (self.channels, -1))[..., c, :]             # (..., c, H)
-        hidden = F.gelu(hidden + (z @ from_row.flatten(1)).view(hidden.shape))
+        hidden = F.gelu(hidden + torch.einsum("...i,hic->...ch", z, self.from_row.triu(1)[..., c]))
         out = torch.einsum("...ch,cho->...co", hidden, self.to_mixture[c]) + self.bias[c]        # (..., c, 3K)
         weights, mean, log_sigma = out.float().chunk(3, dim=-1)
         return weights.log_softmax(-1), mean, log_sigma.clamp(*SIGMA_RANGE)
@@ -211,22 +210,22 @@ def fit(lines: list[Line], held_out: list[Line], rows_per_bar: int, *, steps: in
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     prior = RowPrior(lines[0].mu.shape[1], rows_per_bar, **sizes)
-    prior.keys = torch.bincount(torch.tensor([line.key for line in lines]), minlength=len(KEYS)).float()
-    optimizers = make_optimizers(prior, TrainConfig(lr=lr))
+    prior.keys = torch.bincount(torch.tensor([line.key for line in lines]), minlength=len(KEYS)) / len(lines)
+    optimizers, autocast = make_optimizers(prior, TrainConfig(lr=lr)), autocast_for("auto", torch.device("cpu"))
     schedules = [torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1,
                                                      cycle_momentum=False) for optimizer in optimizers]
     bar = tqdm(range(steps), desc="prior over rows", mininterval=1.0)
     for _ in bar:
         drawn = torch.randint(len(lines), (batch_size,), generator=generator).tolist()
         batch = stretches([lines[i] for i in drawn], rows_per_bar, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             loss = batch.nats(prior).mean()
         prior.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
         for step in (*optimizers, *schedules):
             step.step()
-        bar.set_postfix(nats_a_row=f"{loss.item():.2f}")
+        bar.set_postfix(nats_a_row=f"{loss.item():.2f}", refresh=False)
     return prior.eval(), rates(prior, held_out, rows_per_bar)
 
 
