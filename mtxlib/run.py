@@ -17,17 +17,20 @@ from symusic import Score
 from torch import Tensor
 
 from .config import BOS, Config
-from .corpus import Piece, load_corpus, normalise, read_safely
+from .corpus import Piece, key_of, load_corpus, normalise, read_safely
 from .data import Windows
 from .diagnose import diagnose
 from .generate import decode, mix, prior_latents, slerp
+from .judge import closes, voices_of
 from .model import MusicVAE
-from .prior import RowPrior, fit, lay, lines_of, load_prior, save_prior
+from .prior import KEYS, RowPrior, fit, lay, lines_of, load_prior, save_prior
 from .tokens import Codec, bar_starts, chain, cut, join, load_tokenizer, tokenize, window_bars
 from .walk import ATTRIBUTES, Directions, find, load_directions, save_directions
 
 Music = "str | Path | Piece | Score"
 BATCH = 128  # windows encoded or decoded at once
+ENDINGS = 8  # last bars that are tried for a cadence
+OVERLAP = 1  # bars of the window before that a window of a long piece begins with
 
 
 def load_run(folder: str | Path, device: str = "") -> Run:
@@ -189,49 +192,59 @@ class Run:
         """n windows from the prior, z ~ N(0, 1)."""
         return self.decode(prior_latents(self.model, n, self.mean_tokens, seed), temperature, top_p, seed)
 
-    def generate(self, bars: int = 64, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0,
-                 prompt: Music | None = None) -> Score:
-        """One piece of `bars` bars from the prior; with a `prompt` it opens with that music and goes on from there."""
-        return self.compose(1, bars, seed, temperature, top_p, prompt)[0]
+    def generate(self, bars: int = 64, seed: int = 0, temperature: float = 1.0, **how) -> Score:
+        """One piece of `bars` bars; see `compose` for what else can be asked."""
+        return self.compose(1, bars, seed, temperature, **how)[0]
 
     def compose(self, n: int, bars: int = 64, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0,
-                prompt: Music | None = None) -> list[Score]:
+                prompt: Music | None = None, key: str | None = None, cadence: bool = True,
+                learned: bool = True) -> list[Score]:
         """n pieces of `bars` bars each, the prompt's included.
 
-        With a learned prior (see `fit_prior`) the rows of a whole piece are drawn one after the other, in the
-        knowledge of how many bars are left, and windows are decoded with the second half of the one before as their
-        beginning. Without one, windows drawn from N(0, 1) are laid end to end.
+        With a learned prior (see `fit_prior`) the rows of a whole piece are drawn at `temperature` one after the other,
+        by a model that knows how many bars are left; each window is then decoded greedily as the continuation of the
+        last bar of the one before. A piece opens with the music of `prompt`, is in `key` ("a minor"; the prompt's, or
+        any, if None) and, with `cadence`, ends as those pieces did that `judge.closes` finds closed; of ENDINGS last
+        bars the first is taken that closes by the same measure.
+
+        Without one, or not `learned`, windows drawn from N(0, 1), decoded at `temperature` and `top_p`, are laid end to
+        end.
         """
         if bars < 1:
             raise ValueError(f"bars: expected at least 1, got {bars}")
-        if self.prior is None:
-            if prompt is not None:
-                raise ValueError("prompt: expected a run with a learned prior, without one nothing can be continued; "
-                                 "call run.fit_prior() first")
+        if self.prior is None or not learned:
+            for name, value in (("prompt", prompt), ("key", key)):
+                if value is not None:
+                    raise ValueError(f"{name}: expected a run with a learned prior, N(0, 1) cannot follow one; call "
+                                     "run.fit_prior() first")
             spans = [(0, min(self.n_bars, bars - bar)) for bar in range(0, bars, self.n_bars)]
             windows = self.sample(n * len(spans), seed, temperature, top_p)
             return [chain(windows[i::n], spans) for i in range(n)]
+        if key not in (None, *KEYS[:-1]):
+            raise ValueError(f"key: expected one of {', '.join(KEYS[:-1])}, got {key!r}")
         opening = self.score(prompt) if prompt is not None else None
-        n_given = len(bar_starts(opening)) - 1 if opening else 0
-        if n_given >= bars:
-            raise ValueError(f"bars: expected more than the {n_given} bars of the prompt, got {bars}")
-        per_bar, total = self.prior.rows_per_bar, max(bars, self.n_bars)
-        begin = self.line(opening) if opening else None
-        z = self.prior.sample(n, total * per_bar, temperature, seed, begin)
-        keep = self.n_bars - max(1, self.n_bars // 2)
-        pieces = [[opening] if opening else [] for _ in range(n)]
-        spans = [(0, n_given)] if opening else []
-        done = n_given
-        while done < total:
-            bar = min(max(0, done - keep), total - self.n_bars)
-            contexts = [self.context(windows[-1], spans[-1][1], done - bar) if done else [BOS] for windows in pieces]
-            rows = z[:, bar * per_bar:(bar + self.n_bars) * per_bar]
-            new = self.decode(rows, temperature, top_p, seed + done, contexts)
-            pieces = [[*windows, score] for windows, score in zip(pieces, new, strict=True)]
-            spans.append((done - bar, self.n_bars))
+        done = len(bar_starts(opening)) - 1 if opening else 0
+        if done >= bars:
+            raise ValueError(f"bars: expected more than the {done} bars of the prompt, got {bars}")
+        per_bar, total, endings = self.prior.rows_per_bar, max(bars, self.n_bars), ENDINGS if cadence else 1
+        z = self.prior.sample(n, bars * per_bar, temperature, seed, opening and self.line(opening),
+                              key or (opening and key_of(opening)), cadence, endings)
+        z = torch.nn.functional.pad(z, (0, 0, 0, (total - bars) * per_bar))
+        pieces, spans = [[opening] * (done > 0) for _ in range(n)], [(0, done)] * (done > 0)
+        while done < bars:
+            bar = min(max(0, done - OVERLAP), total - self.n_bars)
+            is_last = bar + self.n_bars >= bars
+            begin = [self.context(piece[-1], spans[-1][1], done - bar) if done else [BOS] for piece in pieces]
+            if is_last:
+                pieces, begin = ([x for x in xs for _ in range(endings)] for xs in (pieces, begin))
+            rows = z[::1 if is_last else endings, bar * per_bar:(bar + self.n_bars) * per_bar]
+            pieces = [[*piece, new] for piece, new in zip(pieces, self.decode(rows, begin=begin), strict=True)]
+            spans.append((done - bar, min(self.n_bars, bars - bar)))
             done = bar + self.n_bars
-        spans[-1] = (spans[-1][0], spans[-1][1] - (done - bars))
-        return [chain(windows, spans) for windows in pieces]
+        scores = [chain(piece, spans) for piece in pieces]
+        voices = voices_of(scores)
+        return [next((score for score in scores[i:i + endings] if closes(score, voices)), scores[i])
+                for i in range(0, len(scores), endings)]
 
     def context(self, window: Score, last: int, n: int) -> list[int]:
         """Ids of the n bars of a window before its bar `last`, BOS first, for a decoder that goes on from there."""
@@ -247,7 +260,7 @@ class Run:
         """Posterior means (T, C) of a whole piece, `rows_per_bar` rows a bar; a prior goes on from it."""
         score, bars, windows = self.windows(music)
         found = [(bar, mu, mu) for bar, mu in zip(bars, self.encode_windows(windows), strict=True)]
-        return lay(found, self.n_bars).mu[:(len(bar_starts(score)) - 1) * self.config.model.rows_per_bar]
+        return lay(found, self.n_bars)[0][:(len(bar_starts(score)) - 1) * self.config.model.rows_per_bar]
 
     def fit_prior(self, steps: int = 1500, seed: int = 0) -> dict[str, float]:
         """Learn the prior over latent rows from the training split and keep it in the run's folder; returns what a row

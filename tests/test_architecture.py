@@ -13,10 +13,11 @@ FLOORS = (
     ("cluster", "config", "files", "layers", "losses", "processes"),
     ("corpus", "data", "model"),
     ("tokens", "generate", "measure"),
-    ("diagnose", "prior", "show", "train"),
+    ("diagnose", "judge", "show", "train"),
+    ("prior",),
     ("walk",),
-    ("judge", "run"),
-    ("morph", "steer", "workbook"),
+    ("run",),
+    ("morph", "workbook"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 CORE = ("config", "files", "layers", "losses", "data", "model", "measure", "train")

@@ -10,9 +10,12 @@ import pytest
 import torch
 from symusic import Note, Score, TimeSignature, Track
 
-from mtxlib.corpus import load_corpus
+from mtxlib.corpus import key_of, load_corpus
 from mtxlib.data import pad_sequences
+from mtxlib.judge import TONICS
+from mtxlib.prior import Line, rates
 from mtxlib.run import load_run
+from mtxlib.tokens import bar_starts
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "outputs" / "reference"
@@ -97,8 +100,25 @@ def test_it_loads_and_plays_a_sample_of_the_prior(reference):
     assert max(n.start for t in score.tracks for n in t.notes) < config.data.n_bars * 4 * score.tpq
 
 
+def test_it_composes_a_piece_with_its_prior(reference):
+    assert reference.prior is not None, "prior.safetensors belongs to these weights"
+    score = reference.generate(9, seed=1, key="G major")
+    assert len(bar_starts(score)) == 10 and {t.program for t in score.tracks} == set(PROGRAMS)
+    assert key_of(score).split()[0] in ("G", "e", "D", "b", "C", "a")
+
+
+def test_its_prior_knows_more_of_real_music_than_no_order(reference, held_out):
+    ids = pad_sequences(reference.codec.encode(held_out))
+    with torch.no_grad():
+        mu, logvar, _ = reference.model.encode(ids, reference.codec.table.slots(ids))
+    keys = [list(TONICS).index(key_of(window)) for window in held_out]
+    lines = [Line(*line) for line in zip(mu, logvar, keys, strict=True)]
+    nats = rates(reference.prior, lines, reference.config.model.rows_per_bar)
+    assert nats["learned"] < nats["normal"] - 1.0
+
+
 def test_it_is_small_and_whole(reference):
-    assert (REFERENCE / "model.safetensors").stat().st_size < 12e6
+    assert sum((REFERENCE / name).stat().st_size for name in ("model.safetensors", "prior.safetensors")) < 12e6
     last = json.loads((REFERENCE / "metrics.jsonl").read_text().splitlines()[-1])
     assert (last["step"], last["split"]) == (reference.config.train.steps, "valid"), "it was trained to its end"
 
