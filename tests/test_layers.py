@@ -87,7 +87,8 @@ def test_rotary_turns_pairs_of_channels_as_complex_numbers():
         for i in range(E // 2):
             angle = (t + 3) * 10_000 ** (-2 * i / E)
             z[:, :, t, i] *= complex(math.cos(angle), math.sin(angle))
-    torch.testing.assert_close(rotary(x, rotation(3, 3 + T, E, x)), torch.cat([z.real, z.imag], -1), atol=1e-5, rtol=1e-5)
+    turned = rotary(x, rotation(3, 3 + T, E, x))
+    torch.testing.assert_close(turned, torch.cat([z.real, z.imag], -1), atol=1e-5, rtol=1e-5)
 
 
 def test_scores_depend_on_the_distance_alone():
