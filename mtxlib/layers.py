@@ -84,11 +84,9 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, may_attend: Tensor | None = None, causal: bool = False,
                 cache: Cache | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D). `may_attend` (B, 1, 1 or T, K). With a cache, x continues what it holds."""
-        qk, v = self.qkv(x).split((2 * x.shape[-1], x.shape[-1]), dim=-1)
-        qk, T = split_heads(qk, 2 * self.n_heads), x.shape[1]
-        start = cache.length if cache else 0
+        T, start = x.shape[1], cache.length if cache else 0
+        qk, v = split_heads(self.qkv(x), 3 * self.n_heads).split((2 * self.n_heads, self.n_heads), dim=1)
         q, k = rotary(qk, cache.rotation(T) if cache else rotation(0, T, qk.shape[-1], qk)).chunk(2, dim=1)
-        v = split_heads(v, self.n_heads)
         if cache:
             if start and T > 1:
                 raise ValueError(f"a filled cache takes one position at a time, got {T}")
