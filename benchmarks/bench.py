@@ -278,7 +278,7 @@ def generation(setting: Setting) -> Iterator[Row]:
     run = load_run(setting.run)
     grammar, table = Endless(run.codec.grammar), run.codec.table
     alone = []  # tokens/s without cache at batch 1
-    for batch, repeats, at_least in ((1, 5, 10.0), (8, 2, 0.0), (64, 1, 0.0)):
+    for batch, repeats, at_least in ((1, 5, 10.0), (8, 1, 0.0), (64, 1, 0.0)):
         z = prior_latents(run.model, batch, run.mean_tokens)
 
         def cached(z=z):
@@ -400,7 +400,10 @@ def quiet():
 def measured(name: str, setting: Setting) -> list[dict]:
     """The rows of one benchmark and its peak memory; called in a process of its own."""
     warnings.filterwarnings("ignore", module="torch.nn")
-    rows = list(BENCHES[name](setting))
+    rows = []
+    for row in BENCHES[name](setting):
+        print(f"{row.name}: {statistics.median(row.values):,.4g} {row.unit}", flush=True)
+        rows.append(row)
     used = [resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # the largest child's
             for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     rows.append(Row(f"peak memory, {name}", "GB", [max(used) / 1e9]))
