@@ -11,7 +11,7 @@ there is a baseline, it takes turns with what is measured. The baselines are sma
   layers, heads and channels, AdamW, the same windows in random order and padded to the longest of a batch. It has no
   latent: it reads the window and writes it again. It runs with bf16 autocast, where ours does, and in fp32; the faster
   of the two counts.
-- generation: `decode_uncached`, which runs the model over all that is written so far, for each token.
+- generation: `next_uncached`, which runs the model over all that is written so far, for each token.
 - token dropout: `drop_one_by_one`, a loop over the tokens.
 
 Tokens are real tokens: padding is not counted. Without js-fakes (no archive, no cache, no network) the music is the
@@ -59,7 +59,7 @@ from mtxlib.train import Trainer, autocast_for
 # sparsity" are twice as much.
 PEAKS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0,
          "A10G": 70.0, "A10": 125.0}
-NEW_TOKENS = 256
+NEW_TOKENS, GPU_STEPS = 256, 20
 SMALL = {"preset": "quick", "d_model": 128, "enc_layers": 2, "dec_layers": 2, "batch_size": 32}
 REFERENCE = {"preset": "reference"}
 LARGE = {"preset": "reference", "d_model": 768, "n_heads": 12, "enc_layers": 6, "dec_layers": 6, "batch_size": 256}
@@ -107,6 +107,13 @@ def seconds(call: Callable[[], object]) -> float:
 def take_turns(repeats: int, *calls: Callable[[], float]) -> list[list[float]]:
     """What each call returns, once a round, so that a slow minute of the machine is everybody's."""
     return [list(column) for column in zip(*([call() for call in calls] for _ in range(repeats)), strict=True)]
+
+
+def peak_memory() -> float:
+    """GB of this process so far, or of the largest that it has started."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    used = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return max(used) * unit / 1e9
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -180,10 +187,13 @@ def tokens_per_second(step: Callable[[], int], steps: int) -> float:
 
 
 def training(setting: Setting) -> Iterator[Row]:
-    for name, dials in (("2+2 layers, width 128", SMALL), ("reference size", REFERENCE)):
+    for name, dials in (("reference size", REFERENCE), ("2+2 layers, width 128", SMALL)):
         config = Config.from_flat({**dials, "store": setting.config.data.store, "wandb": "off"})
         with tempfile.TemporaryDirectory() as folder:
             ours = OurTrainer(config, folder)
+            if dials == REFERENCE:
+                tokens_per_second(ours.step, 4)
+                yield Row("peak memory, training alone, reference size", "GB", [peak_memory()])
             device, autocast = ours.trainer.device, ours.trainer.autocast
             theirs = [TextbookTrainer(config, ours.trainer.store, device, precision)
                       for precision in dict.fromkeys((autocast, nullcontext))]
@@ -231,7 +241,7 @@ def gpu(setting: Setting) -> Iterator[Row]:
                 model = ours.trainer.model
                 for _ in range(6):
                     ours.lengths.clear()
-                    rates.append(tokens_per_second(ours.step, 20))
+                    rates.append(tokens_per_second(ours.step, GPU_STEPS))
                     done = sum(window_flops(config.model, model.vocab_size, model.bottleneck.rows, n)
                                for n in ours.lengths)
                     flops.append(done / sum(n - 1 for n in ours.lengths) * rates[-1] / 1e12)
@@ -257,40 +267,46 @@ class Endless(Grammar):
         return allowed
 
 
+def prefixes(table: SlotTable, ids: Tensor, every: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What decoding ids (B, T) asks of a model without a cache: ids (B, t), their slots, and the clock before the last
+    of them, for one in `every` t."""
+    slots, clock = table.slots(ids), table.start(len(ids))
+    for t in range(1, ids.shape[1]):
+        if t % every == every // 2:
+            yield ids[:, :t], slots[:, :t], clock
+        clock, _ = table.advance(clock, ids[:, t - 1])
+
+
 @torch.no_grad()
-def decode_uncached(model: MusicVAE, table: SlotTable, z: Tensor, grammar: Grammar, n: int) -> list[list[int]]:
-    """Greedy: n tokens from each z (B, S, C), for each of them the whole prefix through the decoder."""
+def next_uncached(model: MusicVAE, table: SlotTable, z: Tensor, grammar: Grammar, ids: Tensor, slots: Tensor,
+                  clock: Tensor) -> Tensor:
+    """Greedy: the ids (B,) after ids (B, t), from z (B, S, C) and the whole prefix."""
+    clock, _ = table.advance(clock, ids[:, -1])
     is_live = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
-    ids, clock = torch.full((len(z), 1), BOS, device=z.device), table.start(len(z))
-    slots = ids[:, :0]
-    for _ in range(n):
-        previous = ids[:, -1].cpu()
-        clock, slot = table.advance(clock, previous)
-        slots = torch.cat([slots, slot[:, None].to(z.device)], 1)
-        logits = model.decode(ids, slots, z, is_live)[:, -1]
-        logits[:, [PAD, BOS, MASK]] = -torch.inf
-        logits = logits.masked_fill(~grammar.allows(previous, clock).to(z.device), -torch.inf)
-        ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
-    return ids.tolist()
+    logits = model.decode(ids.to(z.device), slots.to(z.device), z, is_live)[:, -1]
+    logits[:, [PAD, BOS, MASK]] = -torch.inf
+    return logits.masked_fill(~grammar.allows(ids[:, -1], clock).to(z.device), -torch.inf).argmax(-1).cpu()
 
 
 def generation(setting: Setting) -> Iterator[Row]:
+    """Without a cache a step costs what its prefix is long, so one length in eight is run."""
     run = load_run(setting.run)
-    grammar, table = Endless(run.codec.grammar), run.codec.table
+    grammar, table, every = Endless(run.codec.grammar), run.codec.table, 8
     alone = []  # tokens/s without cache at batch 1
-    for batch, repeats, at_least in ((1, 5, 10.0), (8, 1, 0.0), (64, 1, 0.0)):
+    for batch, at_least in ((1, 10.0), (8, 0.0), (64, 0.0)):
         z = prior_latents(run.model, batch, run.mean_tokens)
 
         def cached(z=z):
             return decode(run.model, table, z, max_tokens=NEW_TOKENS + 1, grammar=grammar)
 
-        def uncached(z=z):
-            return decode_uncached(run.model, table, z, grammar, NEW_TOKENS)
+        asked = list(prefixes(table, torch.tensor(cached()), every))
 
-        cached()
-        took, baseline = take_turns(repeats, lambda f=cached: seconds(f), lambda f=uncached: seconds(f))
-        took += [seconds(cached) for _ in range(3 - len(took))]
-        rates, baseline = ([batch * NEW_TOKENS / t for t in times] for times in (took, baseline))
+        def uncached(z=z, asked=asked):
+            return [next_uncached(run.model, table, z, grammar, *prefix) for prefix in asked]
+
+        took, took_uncached = take_turns(3, lambda f=cached: seconds(f), lambda f=uncached: seconds(f))
+        rates = [batch * NEW_TOKENS / t for t in took]
+        baseline = [batch * NEW_TOKENS / every / t for t in took_uncached]
         alone = alone or baseline
         yield Row(f"generation, batch {batch}, to no cache", "tokens/s", rates, baseline, at_least=at_least,
                   note=f"{NEW_TOKENS} tokens, greedy, the reference run")
@@ -404,9 +420,7 @@ def measured(name: str, setting: Setting) -> list[dict]:
     for row in BENCHES[name](setting):
         print(f"{row.name}: {statistics.median(row.values):,.4g} {row.unit}", flush=True)
         rows.append(row)
-    used = [resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # the largest child's
-            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    rows.append(Row(f"peak memory, {name}", "GB", [max(used) / 1e9]))
+    rows.append(Row(f"peak memory, {name}", "GB", [peak_memory()]))
     if torch.cuda.is_available():
         rows.append(Row(f"peak GPU memory, {name}", "GB", [torch.cuda.max_memory_allocated() / 1e9]))
     return [{"bench": name, **row.to_dict()} for row in rows]
@@ -418,7 +432,7 @@ def machine() -> dict:
               if line.startswith("model name")]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {"cpu": models[0] if models else platform.processor(), "cores": os.cpu_count(),
-            "system": platform.platform(),
+            "system": f"{platform.system()} {platform.machine()}",
             "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None, "python": platform.python_version(),
             "torch": torch.__version__, "threads": torch.get_num_threads(),
             "bf16": autocast_for("auto", device) is not nullcontext}

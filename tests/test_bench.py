@@ -1,16 +1,19 @@
 """The benchmarks measure what they say: FLOPs against torch's own count, baselines that do the same work as ours."""
 
+import bench
 import pytest
 import torch
 from bench import (
+    LARGE,
     Endless,
     Row,
     Setting,
     Textbook,
-    decode_uncached,
     drop_in_lists,
     drop_one_by_one,
     measured,
+    next_uncached,
+    prefixes,
     table,
     window_flops,
 )
@@ -35,11 +38,15 @@ def test_flops_are_those_that_torch_counts(dials, n_tokens):
 
 
 def test_decoding_without_cache_writes_the_same_and_never_ends(run):
-    grammar = Endless(run.codec.grammar)
+    grammar, table = Endless(run.codec.grammar), run.codec.table
     z = prior_latents(run.model, 3, run.mean_tokens, seed=1)
-    ours = decode(run.model, run.codec.table, z, max_tokens=61, grammar=grammar)
-    assert ours == decode_uncached(run.model, run.codec.table, z, grammar, 60)
-    assert all(len(ids) == 61 and ids[0] == BOS and not {PAD, EOS, MASK} & set(ids) for ids in ours)
+    ours = torch.tensor(decode(run.model, table, z, max_tokens=61, grammar=grammar))
+    assert ours.shape == (3, 61) and not torch.isin(ours[:, 1:], torch.tensor([PAD, BOS, EOS, MASK])).any()
+    asked = list(prefixes(table, ours))
+    assert [ids.shape[1] for ids, _, _ in asked] == list(range(1, 61))
+    theirs = [next_uncached(run.model, table, z, grammar, *prefix) for prefix in asked]
+    assert torch.equal(torch.stack(theirs, 1), ours[:, 1:])
+    assert [ids.shape[1] for ids, _, _ in prefixes(table, ours, 8)] == [4, 12, 20, 28, 36, 44, 52, 60]
 
 
 def test_token_dropout_one_by_one_hits_what_ours_hits():
@@ -69,6 +76,25 @@ def test_the_textbook_reads_all_and_writes_from_the_past():
     assert not torch.equal(model(other)[0], logits[0]), "the encoder reads the whole window"
     ours = MusicVAE(c, 50, 4)
     assert 0.7 < ours.n_parameters() / sum(p.numel() for p in model.parameters()) < 1.3
+
+
+def test_utilisation_is_flops_over_the_peak_of_the_card(monkeypatch, run_config, run_dir):
+    """On a CPU that calls itself an H100, uncompiled."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    monkeypatch.setattr(bench, "GPU_STEPS", 1)
+    for size in ("REFERENCE", "LARGE"):
+        monkeypatch.setattr(bench, size, {"preset": "tiny"})
+    rows = [row.to_dict() for row in bench.gpu(Setting(run_config, [], run_dir, ""))]
+    speed, used = rows[::2], rows[1::2]
+    assert len(speed) == len(used) == 4 and {row["unit"] for row in used} == {"TFLOP/s"}
+    for a, b in zip(speed, used, strict=True):
+        assert b["ratio"] == pytest.approx(b["measured"] / 989) and b["at_least"] == 0.4 and b["reached"] is False
+        flops_per_token = [1e12 * x / y for x, y in zip(b["values"], a["values"], strict=True)]
+        assert 1e5 < min(flops_per_token) <= max(flops_per_token) < 1.2 * min(flops_per_token)
+    with torch.device("meta"):
+        large = MusicVAE(Config.from_flat(LARGE).model, 600, 4)
+    assert large.n_parameters() == pytest.approx(100e6, rel=0.05)
 
 
 def test_rows_say_whether_the_aim_is_reached():
