@@ -15,7 +15,7 @@ there is a baseline, it takes turns with what is measured. The baselines are sma
 - token dropout: `drop_one_by_one`, a loop over the tokens.
 
 Tokens are real tokens: padding is not counted. Without js-fakes (no archive, no cache, no network) the music is the
-first 100 of Bach's chorales; the table says so.
+first 100 of Bach's chorales, and the line below the table says so.
 """
 
 import argparse
@@ -93,7 +93,6 @@ class Setting:
     config: Config  # of the reference preset, with a store of the music that is there
     held_out: list[Piece]
     run: Path
-    note: str  # which music, where it is not js-fakes
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -204,7 +203,7 @@ def training(setting: Setting) -> Iterator[Row]:
         baseline = max(baselines, key=statistics.median)
         kind = "bf16" if len(baselines) > 1 and baseline is baselines[0] else "fp32"
         yield Row(f"training, {name}", "tokens/s", rates, baseline, at_least=1.3,
-                  note=f"nn.Transformer in {kind}, its faster precision here. {setting.note}")
+                  note=f"nn.Transformer in {kind}, its faster precision here")
 
 
 # -- flops ------------------------------------------------------------------------------------------------------------
@@ -362,10 +361,10 @@ def corpus(setting: Setting) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder, quiet():
             config = setting.config.replace(data_dir=folder)
             times.append(seconds(lambda config=config, folder=folder: build_store(config, load_corpus(
-                data.source, folder, archive=data.archive, limit=data.limit))))
+                data.source, folder, archive=data.archive, limit=data.limit, progress=False))))
     is_all = data.source == "jsfakes"
     yield Row(f"{'500 js-fakes' if is_all else f'{data.limit} chorales of Bach'} × 12 keys to a store", "s", times,
-              at_most=10.0 if is_all else 0.0, note=f"{os.cpu_count()} cores. {setting.note}")
+              at_most=10.0 if is_all else 0.0, note=f"{os.cpu_count()} cores")
 
 
 # -- the widget -------------------------------------------------------------------------------------------------------
@@ -438,13 +437,13 @@ def machine() -> dict:
             "bf16": autocast_for("auto", device) is not nullcontext}
 
 
-def music(archive: str, data_dir: str) -> tuple[Config, list[Piece], str]:
-    """The configuration, its pieces and a remark: js-fakes or, where it cannot be had, some of Bach."""
-    for changes, note in (({"archive": archive}, ""), ({"source": "bach", "limit": 100}, "100 chorales of Bach")):
+def music(archive: str, data_dir: str) -> tuple[Config, list[Piece]]:
+    """The configuration and its pieces: js-fakes or, where it cannot be had, some of Bach."""
+    for changes in ({"archive": archive}, {"source": "bach", "limit": 100}):
         config = Config.from_flat({"preset": "reference", "data_dir": data_dir, **changes})
         try:
             pieces = load_corpus(config.data.source, data_dir, archive=config.data.archive, limit=config.data.limit)
-            return config.replace(store=str(build_store(config, pieces).folder)), pieces, note
+            return config.replace(store=str(build_store(config, pieces).folder)), pieces
         except ConnectionError as e:
             print(e)
     raise AssertionError("Bach needs no network")
@@ -473,9 +472,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/reference/bench.json"))
     args = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
-    config, pieces, note = music(args.archive, args.data_dir)
-    setting = Setting(config, [p for p in pieces if p.split == "test"], args.run, note)
-    here, rows = machine(), []
+    config, pieces = music(args.archive, args.data_dir)
+    setting = Setting(config, [p for p in pieces if p.split == "test"], args.run)
+    here, rows = {**machine(), "music": f"{len(pieces)} pieces of {config.data.source}"}, []
     if args.out.exists() and (before := json.loads(args.out.read_text()))["machine"] == here:
         rows = [row for row in before["rows"] if row["bench"] not in args.only]
     for name in args.only:

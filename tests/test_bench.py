@@ -85,7 +85,7 @@ def test_utilisation_is_flops_over_the_peak_of_the_card(monkeypatch, run_config,
     monkeypatch.setattr(bench, "GPU_STEPS", 1)
     for size in ("REFERENCE", "LARGE"):
         monkeypatch.setattr(bench, size, {"preset": "tiny"})
-    rows = [row.to_dict() for row in bench.gpu(Setting(run_config, [], run_dir, ""))]
+    rows = [row.to_dict() for row in bench.gpu(Setting(run_config, [], run_dir))]
     speed, used = rows[::2], rows[1::2]
     assert len(speed) == len(used) == 4 and {row["unit"] for row in used} == {"TFLOP/s"}
     for a, b in zip(speed, used, strict=True):
@@ -110,7 +110,7 @@ def test_rows_say_whether_the_aim_is_reached():
 
 
 def test_a_benchmark_gives_its_rows_and_its_peak_memory(run_config, run_dir):
-    rows = measured("dropout", Setting(run_config, [], run_dir, ""))
+    rows = measured("dropout", Setting(run_config, [], run_dir))
     assert {row["bench"] for row in rows} == {"dropout"} and rows[0]["at_least"] == 100
     assert rows[0]["measured"] > rows[0]["baseline"][0] > 0
     peak = next(row for row in rows if row["name"] == "peak memory, dropout")
