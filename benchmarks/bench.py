@@ -417,7 +417,7 @@ def measured(name: str, setting: Setting) -> list[dict]:
     warnings.filterwarnings("ignore", module="torch.nn")
     rows = []
     for row in BENCHES[name](setting):
-        print(f"{row.name}: {statistics.median(row.values):,.4g} {row.unit}", flush=True)
+        print(f"{row.name}: {digits(statistics.median(row.values))} {row.unit}", flush=True)
         rows.append(row)
     rows.append(Row(f"peak memory, {name}", "GB", [peak_memory()]))
     if torch.cuda.is_available():
@@ -449,13 +449,17 @@ def music(archive: str, data_dir: str) -> tuple[Config, list[Piece]]:
     raise AssertionError("Bach needs no network")
 
 
+def digits(x: float) -> str:
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.4g}"
+
+
 def table(rows: list[dict]) -> str:
     lines = [("", "measured", "spread", "baseline", "ratio", "aim", "reached")]
     for row in rows:
         aim = (f"≥ {row['at_least']:g} ×" if row["at_least"]
                else f"≤ {row['at_most']:g} {row['unit']}" if row["at_most"] else "")
-        lines.append((row["name"], f"{row['measured']:,.4g} {row['unit']}", f"{row['spread']:.0%}",
-                      f"{statistics.median(row['baseline']):,.4g}" if row["baseline"] else "",
+        lines.append((row["name"], f"{digits(row['measured'])} {row['unit']}", f"{row['spread']:.0%}",
+                      digits(statistics.median(row["baseline"])) if row["baseline"] else "",
                       f"{row['ratio']:,.3g} ×" if row["ratio"] else "", aim,
                       {True: "yes", False: "no", None: ""}[row["reached"]]))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
