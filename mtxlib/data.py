@@ -77,19 +77,19 @@ class Grammar:
     """
 
     def __init__(self, ends: np.ndarray | list, follows: np.ndarray, fresh: list[int], table: SlotTable):
-        self.first, self.last, self.position = torch.as_tensor(np.asarray(ends), dtype=torch.long).unbind(1)
-        self.follows, self.fresh, self.table = torch.as_tensor(follows), torch.tensor(fresh), table
+        first, self.last, self.position = torch.as_tensor(np.asarray(ends), dtype=torch.long).unbind(1)
+        self.after, self.is_fresh = torch.as_tensor(follows)[:, first], torch.isin(self.last, torch.tensor(fresh))
+        self.is_still = self.position < 0
+        resets, bars = table.rows[:, 0], table.rows[:, 1]
+        n_bars = table.n_slots // SLOTS_PER_BAR
+        self.most_bars = torch.where(resets > 0, torch.where(bars <= n_bars, 2**31, -1), n_bars - bars)
 
     def allows(self, previous: Tensor, clock: Tensor) -> Tensor:
         """Ids that may follow `previous` (B,) when the clock (B, 5) has read it: (B, V), one of them at least."""
         bar, position, unit, length, _ = clock[..., None].unbind(1)
-        kind = self.last[previous]
-        may_follow = self.follows[kind][:, self.first]
-        is_ahead = (self.position < 0) | (self.position > position) | torch.isin(kind, self.fresh)[:, None]
-        resets, bars = self.table.rows[:, 0], self.table.rows[:, 1]
-        is_within = torch.where(resets > 0, bars, bar + bars) <= self.table.n_slots // SLOTS_PER_BAR
-        is_within &= self.position * unit < length
-        allowed = may_follow & is_ahead & is_within
+        position = position.masked_fill(self.is_fresh[previous, None], -1)
+        allowed = self.after[self.last[previous]] & (self.is_still | (self.position > position))
+        allowed &= (self.position * unit < length) & (bar <= self.most_bars)
         allowed[:, EOS] |= ~allowed.any(1)
         return allowed
 

@@ -12,14 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def rotary(x: Tensor, start: int = 0) -> Tensor:
-    """Turn each pair of channels of x (B, H, T, E) by an angle that grows with its position `start + t`."""
-    half = x.shape[-1] // 2
-    freq = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * freq
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+def rotation(start: int, end: int, channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (T, E) each, by which `rotary` turns `channels` channels at the positions start … end - 1."""
+    half = channels // 2
+    freq = 10_000.0 ** (-torch.arange(half, device=like.device, dtype=torch.float32) / half)
+    angle = torch.arange(start, end, device=like.device, dtype=torch.float32)[:, None] * freq
+    cos, sin = angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def rotary(x: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair of channels of x (B, H, T, E) by an angle that grows with its position, `by` a `rotation`."""
+    cos, sin = by
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return x * cos + torch.cat([b, a], dim=-1) * sin
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor | None = None, causal: bool = False,
@@ -47,12 +53,18 @@ class Cache:
     def __init__(self, batch: int, heads: int, size: int, channels: int, like: Tensor):
         self.k = torch.zeros(batch, heads, size, channels, device=like.device, dtype=like.dtype)
         self.v = torch.zeros_like(self.k)
+        self.cos, self.sin = rotation(0, size, channels, like)
         self.length = 0
+
+    def rotation(self, n: int) -> tuple[Tensor, Tensor]:
+        """`rotation` of the next n positions. Raises ValueError when there is no room for them."""
+        end = self.length + n
+        if end > len(self.cos):
+            raise ValueError(f"the cache holds {len(self.cos)} positions, got {end}: make a larger one")
+        return self.cos[self.length:end], self.sin[self.length:end]
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         end = self.length + k.shape[2]
-        if end > self.k.shape[2]:
-            raise ValueError(f"the cache holds {self.k.shape[2]} positions, got {end}: make a larger one")
         self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
@@ -72,13 +84,12 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, may_attend: Tensor | None = None, causal: bool = False,
                 cache: Cache | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D). `may_attend` (B, 1, 1 or T, K). With a cache, x continues what it holds."""
-        qk, v = self.qkv(x).split((2 * x.shape[-1], x.shape[-1]), dim=-1)
-        start = cache.length if cache else 0
-        q, k = rotary(split_heads(qk, 2 * self.n_heads), start).chunk(2, dim=1)
-        v = split_heads(v, self.n_heads)
+        T, start = x.shape[1], cache.length if cache else 0
+        qk, v = split_heads(self.qkv(x), 3 * self.n_heads).split((2 * self.n_heads, self.n_heads), dim=1)
+        q, k = rotary(qk, cache.rotation(T) if cache else rotation(0, T, qk.shape[-1], qk)).chunk(2, dim=1)
         if cache:
-            if start and x.shape[1] > 1:
-                raise ValueError(f"a filled cache takes one position at a time, got {x.shape[1]}")
+            if start and T > 1:
+                raise ValueError(f"a filled cache takes one position at a time, got {T}")
             k, v = cache.append(k, v)
             causal = causal and start == 0
         return self.out(attend(q, k, v, may_attend, causal, self.dropout if self.training else 0.0))
@@ -104,7 +115,7 @@ class CrossAttention(nn.Module):
 
 
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
-    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, D / H)
+    return x.view(*x.shape[:2], n_heads, -1).transpose(1, 2)  # (B, T, D) -> (B, H, T, D / H)
 
 
 class MLP(nn.Module):

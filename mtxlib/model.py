@@ -224,10 +224,12 @@ def make_bottleneck(config: ModelConfig, n_slots: int) -> Bottleneck:
 
 
 class Decoding:
-    """What stays while a batch is decoded: z, its projections for cross attention, and the caches if there are any."""
+    """What stays while a batch is decoded: z, its projections for cross attention and, with caches, what each layer
+    adds for each row (B, S + 1, layers * D)."""
 
-    def __init__(self, z: Tensor, keys_values: list, may_attend: Tensor | None, caches: list[Cache] | None):
-        self.z, self.keys_values, self.may_attend, self.caches = z, keys_values, may_attend, caches
+    def __init__(self, z: Tensor, told: Tensor | None, keys_values: list, may_attend: Tensor | None,
+                 caches: list[Cache] | None):
+        self.z, self.told, self.keys_values, self.may_attend, self.caches = z, told, keys_values, may_attend, caches
 
     @property
     def length(self) -> int:
@@ -236,7 +238,7 @@ class Decoding:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with the sequences at `rows` only."""
-        self.z = self.z[rows]
+        self.z, self.told = self.z[rows], self.told[rows] if self.told is not None else None
         self.keys_values = [kv and (kv[0][rows], kv[1][rows]) for kv in self.keys_values]
         self.may_attend = self.may_attend[rows] if self.may_attend is not None else None
         for cache in self.caches or []:
@@ -260,12 +262,12 @@ class Decoder(nn.Module):
         if config.tie_weights:
             self.head.weight = self.embedding.token.weight
 
-    def forward(self, ids: Tensor, slots: Tensor, rows: Tensor | None, decoding: Decoding) -> Tensor:
-        """ids, slots (B, T) and their latent rows (B, T, 2C) -> logits (B, T, V) of the tokens that follow."""
+    def forward(self, ids: Tensor, slots: Tensor, added: list[Tensor], decoding: Decoding) -> Tensor:
+        """ids, slots (B, T) and what each layer adds of z (B, T, D) -> logits (B, T, V) of the tokens that follow."""
         x = self.embedding(ids, slots)                                                           # (B, T, D)
         for i, block in enumerate(self.blocks):
-            if self.add_rows:
-                x = x + self.add_rows[i](rows.to(x.dtype))                                       # (B, T, D)
+            if added:
+                x = x + added[i]                                                                 # (B, T, D)
             x = block(x, decoding.keys_values[i], decoding.may_attend, decoding.caches and decoding.caches[i])
         return self.head(self.norm(x))                                                           # (B, T, V)
 
@@ -317,30 +319,47 @@ class MusicVAE(nn.Module):
 
     def begin(self, z: Tensor, is_live: Tensor, size: int = 0) -> Decoding:
         """Project z (B, S, C) for the decoder once; with `size`, make caches for so many tokens."""
-        z = z.masked_fill(~is_live[..., None], 0.0)  # or a window's last token would hear noise from beyond its end
+        # No noise from beyond a window's end, or its last token would hear it.
+        z = z.masked_fill(~is_live[..., None], 0.0).to(self.decoder.head.weight.dtype)
         keys_values, may_attend, blocks = [None] * len(self.decoder.blocks), None, self.decoder.blocks
         if blocks[0].cross is not None:
-            memory, is_there = self.bottleneck.memory(z.to(self.bottleneck.head.weight.dtype), is_live)
+            memory, is_there = self.bottleneck.memory(z, is_live)
             keys_values = [block.cross.keys_values(memory) for block in blocks]
             may_attend = is_there[:, None, None, :]
         heads, channels = self.config.n_heads, self.config.d_model // self.config.n_heads
         caches = [Cache(len(z), heads, size, channels, self.decoder.head.weight) for _ in blocks] if size else None
-        return Decoding(z, keys_values, may_attend, caches)
+        told = None
+        if caches and self.decoder.add_rows:  # few tokens are read at a time: all rows are projected once instead
+            told = torch.cat([project(with_next(z)) for project in self.decoder.add_rows], dim=-1)
+        return Decoding(z, told, keys_values, may_attend, caches)
 
     def proceed(self, ids: Tensor, slots: Tensor, decoding: Decoding) -> Tensor:
         """Logits (B, T, V) after ids (B, T); with caches, ids continue what was read before."""
-        rows = self.rows_at(decoding.z, slots, decoding.length) if self.decoder.add_rows else None
-        return self.decoder(ids, slots, rows, decoding)
+        if decoding.told is not None:
+            rows = take_rows(decoding.told, self.bottleneck.row_of(slots, decoding.length))
+            added = rows.split(self.config.d_model, dim=-1)
+        else:
+            rows = self.rows_at(decoding.z, slots, 0) if self.decoder.add_rows else None
+            added = [project(rows) for project in self.decoder.add_rows]
+        return self.decoder(ids, slots, added, decoding)
 
     def rows_at(self, z: Tensor, slots: Tensor, start: int) -> Tensor:
         """Each token's own row of z and the next, zeros after the last: (B, T, 2C)."""
-        row = self.bottleneck.row_of(slots, start).clamp(max=z.shape[1])
-        z = F.pad(z, (0, 0, 0, 2))
-        own, following = (z.gather(1, r[..., None].expand(-1, -1, z.shape[2])) for r in (row, row + 1))
-        return torch.cat([own, following], dim=-1)
+        return take_rows(with_next(z), self.bottleneck.row_of(slots, start))
 
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+def with_next(z: Tensor) -> Tensor:
+    """Each row of z (B, S, C) and the one after it, zeros where there is none: (B, S + 1, 2C)."""
+    z = F.pad(z, (0, 0, 0, 2))
+    return torch.cat([z[:, :-1], z[:, 1:]], dim=-1)
+
+
+def take_rows(rows: Tensor, at: Tensor) -> Tensor:
+    """rows (B, S, C), at (B, T) -> (B, T, C); the last of them for all beyond."""
+    return rows.gather(1, at.clamp(max=rows.shape[1] - 1)[..., None].expand(-1, -1, rows.shape[2]))
 
 
 def init_weights(module: nn.Module) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mtxlib import layers
-from mtxlib.layers import Cache, CrossAttention, DecoderBlock, EncoderBlock, SelfAttention, attend, rotary
+from mtxlib.layers import Cache, CrossAttention, DecoderBlock, EncoderBlock, SelfAttention, attend, rotary, rotation
 
 B, H, T, K, E = 3, 2, 5, 7, 8
 D = H * E
@@ -61,7 +61,7 @@ def reference(weight, out):
 
 
 def test_self_attention_without_positions_is_torchs(monkeypatch):
-    monkeypatch.setattr(layers, "rotary", lambda x, start=0: x)
+    monkeypatch.setattr(layers, "rotary", lambda x, by: x)
     ours, x = SelfAttention(D, H), torch.randn(B, T, D)
     theirs = reference(ours.qkv.weight, ours.out.weight)
     is_pad = torch.arange(T) >= torch.tensor([[5], [2], [3]])
@@ -87,12 +87,14 @@ def test_rotary_turns_pairs_of_channels_as_complex_numbers():
         for i in range(E // 2):
             angle = (t + 3) * 10_000 ** (-2 * i / E)
             z[:, :, t, i] *= complex(math.cos(angle), math.sin(angle))
-    torch.testing.assert_close(rotary(x, start=3), torch.cat([z.real, z.imag], -1), atol=1e-5, rtol=1e-5)
+    turned = rotary(x, rotation(3, 3 + T, E, x))
+    torch.testing.assert_close(turned, torch.cat([z.real, z.imag], -1), atol=1e-5, rtol=1e-5)
 
 
 def test_scores_depend_on_the_distance_alone():
     q, k = torch.randn(E).expand(1, 1, 40, E), torch.randn(E).expand(1, 1, 40, E)
-    scores = (rotary(q) @ rotary(k).transpose(-1, -2))[0, 0]
+    by = rotation(0, 40, E, q)
+    scores = (rotary(q, by) @ rotary(k, by).transpose(-1, -2))[0, 0]
     for distance in range(-39, 40):
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=1e-4)
@@ -101,9 +103,10 @@ def test_scores_depend_on_the_distance_alone():
 
 def test_rotary_keeps_lengths_and_starts_anywhere():
     x = torch.randn(B, H, T, E)
-    torch.testing.assert_close(rotary(x).norm(dim=-1), x.norm(dim=-1))
-    torch.testing.assert_close(rotary(x)[:, :, 2:], rotary(x[:, :, 2:], start=2))
-    torch.testing.assert_close(rotary(x)[:, :, 0], x[:, :, 0])
+    turned = rotary(x, rotation(0, T, E, x))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(turned[:, :, 2:], rotary(x[:, :, 2:], rotation(2, T, E, x)))
+    torch.testing.assert_close(turned[:, :, 0], x[:, :, 0])
 
 
 # -- the cache ------------------------------------------------------------------------------------------------------
