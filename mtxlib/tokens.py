@@ -117,7 +117,8 @@ def join(windows: list[Score], bars: list[int], n_bars: int, starts: list[int]) 
 
 def chain(windows: list[Score], spans: list[tuple[int, int]]) -> Score:
     """One piece of the bars [first, last) that each window gives, in its own metre; missing bars are empty.
-    Only at the very end a note is cut at the bar line."""
+    Only at the very end a note is cut at the bar line; the four voices (`VOICES`) sing one note at a time, each ends
+    where the next begins."""
     out, tracks, end, last_metre = Score(windows[0].tpq), {}, 0, None
     for window, (first, last) in zip(windows, spans, strict=True):
         lines = bar_starts(window)
@@ -136,8 +137,14 @@ def chain(windows: list[Score], spans: list[tuple[int, int]]) -> Score:
                 last_metre = metre
         end += until - begin
     for track in tracks.values():
-        for note in track.notes:
+        notes = sorted(track.notes, key=lambda n: n.start)
+        if track.program in VOICES and not track.is_drum:
+            notes = list({n.start: n for n in notes}.values())
+            for note, following in pairwise(notes):
+                note.duration = min(note.duration, following.start - note.start)
+        for note in notes:
             note.duration = min(note.duration, end - note.start)
+        track.notes = symusic.core.NoteTickList(notes)
     out.tracks.extend(tracks.values())
     out.tempos.extend(windows[0].tempos)
     return out

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from symusic import Note, Score, TimeSignature, Track
+from symusic import Note, Score, Track
 
 from mtxlib import tokens
 from mtxlib.config import BOS, EOS, MASK, PAD
@@ -129,6 +129,18 @@ def test_chained_windows_keep_their_metres_and_lengths(pieces):
     assert notes(score) == sum((notes(w.shift_time(t)) for w, t in zip(windows, lines, strict=True)), Counter())
     assert metres(score) == [(t, *m) for t, m in zip(lines, [(3, 4), (4, 4), (6, 8), (4, 4)], strict=True)]
     assert bar_starts(score)[-1] <= lines[-1] + 4 * 1920
+
+
+def test_chained_voices_sing_one_note_at_a_time():
+    alto, piano = (Track("", program, False) for program in (53, 0))
+    for track in (alto, piano):
+        track.notes.extend([Note(0, 960, 60, 80), Note(480, 960, 62, 80), Note(1440, 480, 64, 80)])
+    window = Score(480)
+    window.tracks.extend([alto, piano])
+    by_program = {t.program: [(n.start, n.duration, n.pitch) for n in t.notes]
+                  for t in chain([window], [(0, 1)]).tracks}
+    assert by_program[53] == [(0, 480, 60), (480, 960, 62), (1440, 480, 64)]
+    assert by_program[0] == [(0, 960, 60), (480, 960, 62), (1440, 480, 64)], "other instruments may play chords"
 
 
 # -- round trip -----------------------------------------------------------------------------------------------------
