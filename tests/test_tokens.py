@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from symusic import Note, Score, Track
+from symusic import Note, Score, TimeSignature, Track
 
 from mtxlib import tokens
 from mtxlib.config import BOS, EOS, MASK, PAD
