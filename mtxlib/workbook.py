@@ -32,7 +32,7 @@ from traitlets import Float, default
 
 from mtxlib import ROOT
 from mtxlib.config import PRESETS, Config, flat_names, nearest, preset_values
-from mtxlib.files import atomic, atomic_text
+from mtxlib.files import atomic_text
 
 NOTEBOOKS = ROOT / "notebooks"
 KERNEL_OPTIONS = [
@@ -408,14 +408,13 @@ def sweep_command(args: argparse.Namespace) -> int:
 def reconstruct_command(args: argparse.Namespace) -> int:
     from mtxlib.diagnose import note_counts  # torch takes seconds to import, and `mtx` has to refuse at once
     from mtxlib.run import load_run
-    from mtxlib.show import musicxml
+    from mtxlib.show import save
 
     if args.out.suffix not in (".mid", ".midi", ".musicxml"):
         raise ValueError(f"{args.out}: expected a name that ends in .mid or .musicxml")
     run = load_run(args.run)
     again = run.reconstruct(args.file, args.temperature)
-    is_xml = args.out.suffix == ".musicxml"
-    atomic(args.out, (lambda path: path.write_text(musicxml(again))) if is_xml else again.dump_midi)
+    save(again, args.out)
     given, found = note_counts(run.score(args.file)), note_counts(again)
     f1 = 2 * (given & found).total() / max(1, given.total() + found.total())
     print(f"{args.out}: {found.total()} notes, {given.total()} in {args.file}; note-F1 {f1:.3f}")
