@@ -5,6 +5,8 @@ What is unusual: a callback never raises. What went wrong is one sentence in the
 Uploads are parsed in a process of their own within limits of time, so a hostile file costs seconds and no more.
 """
 
+from __future__ import annotations  # symusic.Score is no class: `Score | None` cannot be evaluated
+
 import re
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +20,7 @@ from ipywidgets import Layout
 from symusic import Score
 
 from . import show
-from .corpus import Piece, read_safely
+from .corpus import KINDS, Piece, read_safely
 from .generate import mix
 from .run import Run
 from .tokens import bar_starts, cut
@@ -122,7 +124,7 @@ class Chooser(widgets.HBox):
         self.piece = widgets.Dropdown(options=list(self.music), index=min(index, len(self.music) - 1),
                                       description=label, layout=Layout(width="320px"))
         self.bars = widgets.Dropdown(layout=Layout(width="120px"))
-        self.upload = widgets.FileUpload(accept=SUFFIXES, description="your file", layout=Layout(width="auto"))
+        self.upload = widgets.FileUpload(accept=",".join(KINDS), description="your file", layout=Layout(width="auto"))
         self.pick()
         self.piece.observe(self.pick, "value")
         self.bars.observe(lambda _: self.changed(), "value")
@@ -134,6 +136,7 @@ class Chooser(widgets.HBox):
         self.score = music and self.run.score(music)
         self.starts = bar_starts(self.score) if music else []
         self.bars.options = [(f"bars {bar + 1}–{bar + n}", bar) for bar in range(len(self.starts) - n)]
+        self.bars.index = 0 if music else None
         self.changed()
 
     def take(self, change: dict) -> None:
@@ -206,7 +209,7 @@ class Morph(Studio):
             self.z, self.key = self.run.encode_windows(windows), key
             self.mixes = dict(zip(self.alphas, self.decode(self.alphas), strict=True))
             titles = [f"A: {self.a.place}", "", f"B: {self.b.place}"]
-            self.figure = show.piano_rolls([windows[0], self.mixes[0.5], windows[1]], titles)
+            self.figure = show.piano_rolls([windows[0], self.mixes[0.5], windows[1]], titles, bars=self.run.n_bars)
             self.ready.clear()
             self.turn()
 
@@ -227,7 +230,7 @@ class Morph(Studio):
             self.present(self.mixes[key], name, lambda: self.draw(self.mixes[key], f"mix: α {where}"))
 
     def draw(self, score: Score, title: str) -> bytes:
-        show.redraw(self.figure, 1, score, title)
+        show.redraw(self.figure, 1, score, title, self.run.n_bars)
         return show.png(self.figure)
 
     def set_bars(self, alphas: list[float]) -> None:
@@ -269,7 +272,7 @@ class Steer(Studio):
             plain, score = self.run.decode(torch.cat([z, moved]), self.temperature.value, TOP_P, self.seed.value)
             for name, label in self.measured.items():
                 label.value = f"{ATTRIBUTES[name](plain):.2f} → {ATTRIBUTES[name](score):.2f}"
-            figure = show.piano_rolls([window, score], [self.piece.place, "steered"])
+            figure = show.piano_rolls([window, score], [self.piece.place, "steered"], bars=self.run.n_bars)
             said = " ".join(f"{name}{dial.value:+.2f}" for name, dial in self.dials.items() if dial.value)
             self.ready.clear()
             self.present(score, f"steer {self.piece.place} {said}", lambda: show.png(figure))
