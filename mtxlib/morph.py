@@ -1,5 +1,5 @@
-"""The widgets of notebook 06: `Morph` from one piece to another, `Steer` the attributes of one, `Compose` from the prior;
-`play` shows all three.
+"""The widgets of notebook 06: `Morph` one piece into another, `Compose` from the prior, `Steer` the attributes of a
+window; `play` shows all three.
 
 What is unusual: a callback never raises. What went wrong is one sentence in the status line, and what was shown stays.
 Uploads are parsed in a process of their own within limits of time, so a hostile file costs seconds and no more.
@@ -30,16 +30,23 @@ STEPS = 21  # positions of the slider from A to B
 TOP_P = 0.95  # where the temperature is not 0
 REACH, FINE = 3.0, 0.25  # of the sliders of attributes, in standard deviations
 ROW = Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 16px")
-STYLE = """<style>.mtx audio {height: 36px; width: 400px; vertical-align: middle}
+STYLE = """<style>.mtx audio {height: 36px; width: 320px}
 .mtx img {background: white; border-radius: 4px; height: auto}</style>"""
 
 
 def play(run: Run, pieces: list[Piece]) -> widgets.Tab:
-    """The widgets, one a tab; they offer these pieces."""
-    tabs = {"Morph": Morph(run, pieces), "Compose": Compose(run, pieces)}
-    if follows_bars(run):
-        tabs["Steer"] = Steer(run, pieces)
-    return widgets.Tab([*tabs.values()], titles=[*tabs])
+    """The widgets, one a tab; they offer these pieces. Steering, whose directions may have to be found first, is made
+    when its tab is opened."""
+    later = widgets.HTML("Finding what to steer by in the training split; the run remembers it …")
+    tab = widgets.Tab([Morph(run, pieces), Compose(run, pieces)] + [later] * follows_bars(run),
+                      titles=["Morph", "Compose", "Steer"])
+
+    def opened(change: dict) -> None:
+        if tab.children[change["new"]] is later:
+            tab.children = [*tab.children[:2], Steer(run, pieces)]
+
+    tab.observe(opened, "selected_index")
+    return tab
 
 
 def follows_bars(run: Run) -> bool:
@@ -58,8 +65,10 @@ class Studio(widgets.VBox):
     def __init__(self, run: Run, temperature: float = 0.0):
         self.run, self.score, self.name, self.ready = run, None, "", {}
         self.temperature = widgets.FloatSlider(temperature, min=0, max=1.5, step=0.1, continuous_update=False,
-                                               description="temperature", layout=Layout(width="300px"))
-        self.seed = widgets.BoundedIntText(0, min=0, max=2**31 - 1, description="seed", layout=Layout(width="180px"))
+                                               description="temperature", style={"description_width": "80px"},
+                                               layout=Layout(width="280px"))
+        self.seed = widgets.BoundedIntText(0, min=0, max=2**31 - 1, description="seed",
+                                         style={"description_width": "40px"}, layout=Layout(width="140px"))
         self.status, self.sound = widgets.HTML(), widgets.HTML()
         self.picture, self.notation = widgets.Image(), widgets.Image(format="svg+xml")
         self.plays = widgets.Checkbox(description="play each change", indent=False, layout=Layout(width="150px"))
@@ -73,7 +82,7 @@ class Studio(widgets.VBox):
         self.add_class("mtx")
 
     def arrange(self, *controls: widgets.Widget) -> None:
-        self.children = [widgets.HTML(STYLE), *controls, self.status, self.result]
+        self.children = [widgets.HTML(STYLE, layout=Layout(display="none")), *controls, self.status, self.result]
 
     @contextmanager
     def telling(self, doing: str = ""):
@@ -90,11 +99,11 @@ class Studio(widgets.VBox):
     def say(self, text: str, colour: str = "inherit") -> None:
         self.status.value = f'<span style="color: {colour}">{escape(text)}</span>'
 
-    def present(self, score: Score, name: str, draw) -> None:
+    def present(self, score: Score, name: str, draw, bars: int | None = None) -> None:
         """Show a score, what is quickest first. `name` tells it from all others, its files too; `draw` pictures it."""
         self.score, self.name = score, re.sub(r"[^\w.,=+-]+", "_", name)
         for widget, make in ((self.picture, draw), (self.sound, lambda: show.player(score, self.plays.value)),
-                             (self.notation, lambda: show.notation(score).encode())):
+                             (self.notation, lambda: show.notation(score, bars).encode())):
             if (widget, name) not in self.ready:
                 self.ready[widget, name] = make()
             widget.value = self.ready[widget, name]
@@ -118,9 +127,9 @@ class Chooser(widgets.HBox):
         self.studio, self.run, self.changed = studio, studio.run, lambda: None
         self.music = {f"{p.name} · {p.key} · {p.bars} bars": (p.name, p.path)
                       for p in pieces if p.bars >= self.run.n_bars}
-        self.music = ({nothing: (nothing, None)} if nothing else {}) | self.music
         if not self.music:
-            raise ValueError(f"pieces: expected some of {self.run.n_bars} bars or more, got {len(pieces)} and none such")
+            raise ValueError(f"pieces: expected one of {self.run.n_bars} bars or more, got none in {len(pieces)}")
+        self.music = ({nothing: (nothing, None)} if nothing else {}) | self.music
         self.piece = widgets.Dropdown(options=list(self.music), index=min(index, len(self.music) - 1),
                                       description=label, layout=Layout(width="320px"))
         self.bars = widgets.Dropdown(layout=Layout(width="120px"))
@@ -148,7 +157,6 @@ class Chooser(widgets.HBox):
                 self.piece.options = list(self.music)
                 self.piece.value = name
                 self.pick()  # also where a file of this name was there before
-        self.upload.value = ()
 
     def read(self, name: str, content: bytes) -> Score:
         """In normal form. Raises ValueError that names the file."""
@@ -180,13 +188,13 @@ class Morph(Studio):
                                              description="A to B", layout=Layout(width="640px"))
         self.bars = [widgets.FloatSlider(min=0, max=1, step=0.05, orientation="vertical", continuous_update=False,
                                          layout=Layout(height="130px")) for _ in range(run.n_bars)]
-        columns = [widgets.VBox([widgets.Label(f"bar {i + 1}"), dial, button("swap", "exchange", partial(self.swap, i))],
-                                layout=Layout(align_items="center")) for i, dial in enumerate(self.bars)]
+        columns = [widgets.VBox([widgets.Label(f"bar {i}"), dial, button("swap", "exchange", partial(self.swap, dial))],
+                                layout=Layout(align_items="center")) for i, dial in enumerate(self.bars, 1)]
         line = np.linspace(0, 1, run.n_bars).round(2).tolist()
         presets = widgets.VBox([button("A becomes B", "arrow-right", partial(self.set_bars, line)),
                                 button("B becomes A", "arrow-left", partial(self.set_bars, line[::-1]))])
         self.mode = widgets.ToggleButtons(options=[("whole window", False), ("bar by bar", True)],
-                                          style={"button_width": "110px"})
+                                          style={"button_width": "130px"})
         self.mode.layout.display = "" if follows_bars(run) else "none"
         self.by_bar = widgets.HBox([*columns, presets], layout=Layout(display="none", grid_gap="24px"))
         self.arrange(widgets.HBox([self.a, self.b], layout=ROW),
@@ -227,7 +235,7 @@ class Morph(Studio):
                 [self.mixes[key]] = self.decode([alphas])
             where = " ".join(f"{alpha:.2f}" for alpha in (alphas if self.mode.value else [key]))
             name = f"morph {self.a.place} to {self.b.place} at {where}"
-            self.present(self.mixes[key], name, lambda: self.draw(self.mixes[key], f"mix: α {where}"))
+            self.present(self.mixes[key], name, lambda: self.draw(self.mixes[key], f"mix: α {where}"), self.run.n_bars)
 
     def draw(self, score: Score, title: str) -> bytes:
         show.redraw(self.figure, 1, score, title, self.run.n_bars)
@@ -240,8 +248,8 @@ class Morph(Studio):
             dial.observe(self.turn, "value")
         self.turn()
 
-    def swap(self, bar: int) -> None:
-        self.bars[bar].value = 1 - self.bars[bar].value
+    def swap(self, dial: widgets.FloatSlider) -> None:
+        dial.value = 1 - dial.value
 
 
 class Steer(Studio):
@@ -255,7 +263,7 @@ class Steer(Studio):
                                                 continuous_update=False, layout=Layout(width="360px"))
                       for name in self.directions.names}
         self.measured = {name: widgets.Label() for name in self.directions.names}
-        rows = [widget for name, dial in self.dials.items() for widget in (widgets.Label(name), dial, self.measured[name])]
+        rows = [w for name in self.dials for w in (widgets.Label(name), self.dials[name], self.measured[name])]
         table = widgets.GridBox(rows, layout=Layout(grid_template_columns="110px 380px auto", align_items="center"))
         reset = button("Reset", "undo", self.reset)
         self.arrange(widgets.HBox([self.piece, self.temperature, self.seed], layout=ROW), table, reset)
@@ -275,7 +283,7 @@ class Steer(Studio):
             figure = show.piano_rolls([window, score], [self.piece.place, "steered"], bars=self.run.n_bars)
             said = " ".join(f"{name}{dial.value:+.2f}" for name, dial in self.dials.items() if dial.value)
             self.ready.clear()
-            self.present(score, f"steer {self.piece.place} {said}", lambda: show.png(figure))
+            self.present(score, f"steer {self.piece.place} {said}", lambda: show.png(figure), self.run.n_bars)
 
     def reset(self) -> None:
         for dial in self.dials.values():

@@ -125,8 +125,8 @@ def piano_roll(score, ax=None, title: str = "", bars: int | tuple[int, int] | No
 
 
 def piano_rolls(scores, titles, columns: int = 3, bars: int | None = None) -> plt.Figure:
-    """A grid of piano rolls on one pitch axis, `bars` as in `piano_roll`. The figure is closed in pyplot, so that a cell
-    shows it only once."""
+    """A grid of piano rolls on one pitch axis, of `bars` bars each. The figure is closed in pyplot, so that a cell shows
+    it only once."""
     columns = min(columns, len(scores))
     fig, axes = plt.subplots(-(-len(scores) // columns), columns, sharey=True, squeeze=False, layout="constrained")
     fig.set_size_inches(4.2 * columns + 1, 2.8 * len(axes))
@@ -315,11 +315,13 @@ def _engraver():
     return toolkit
 
 
-def notation(score) -> str:
-    """The score as one SVG image 945 pixels wide: two staves for four voices, else one staff a track.
+def notation(score, bars: int | None = None) -> str:
+    """The score, or its first `bars`, as one SVG image 945 pixels wide: two staves for four voices, else one staff a
+    track.
 
     The page ends after 27,000 pixels, some 500 bars of a chorale: cut longer music into pieces.
     """
+    score = score.clip(0, _bars(score)[:bars][-1][1], clip_end=True) if bars else score
     engraver = _engraver()
     engraver.loadData(musicxml(score))
     return engraver.renderToSVG(1)
@@ -377,11 +379,15 @@ def save(score, path: str | Path) -> None:
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>
-:root {{color-scheme: light dark; --line: #8884}}
+:root {{color-scheme: light dark}}
 body {{font: 16px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem}}
-h1, h2 {{font-weight: 600; line-height: 1.2}} h2 {{margin-top: 2.5rem; padding-top: 1rem; border-top: 1px solid var(--line)}}
-figure {{margin: 1.5rem 0 2rem}} figcaption {{display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: center}}
-figcaption b {{flex: 1 1 14rem}} audio {{height: 36px; width: 320px}} img {{display: block; max-width: 100%}}
+h1, h2 {{font-weight: 600; line-height: 1.2}}
+h2 {{margin-top: 2.5rem; padding-top: 1rem; border-top: 1px solid #8884}}
+figure {{margin: 1.5rem 0 2rem}}
+figcaption {{display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: center}}
+figcaption b {{flex: 1 1 14rem}}
+audio {{height: 36px; width: 320px}}
+img {{display: block; max-width: 100%; margin-top: .5rem; background: white; border-radius: 4px}}
 @media (prefers-color-scheme: dark) {{img {{filter: invert(.88) hue-rotate(180deg)}}}}
 </style></head><body><h1>{title}</h1><p>{intro}</p>
 {body}</body></html>
@@ -400,13 +406,12 @@ def page(path: str | Path, title: str, intro: str, sections: dict[str, list[tupl
         for caption, score in items:
             figure = piano_rolls([score], [""])
             figure.set_size_inches(9.6, 2.4)
-            beginning = score.clip(0, (_bars(score)[:NOTATED])[-1][1])
             name = re.sub(r"[^\w.,=+-]+", "_", caption)
             body.append(
                 f"<figure><figcaption><b>{escape(caption)}</b>{player(score)}"
                 f'<a download="{name}.mid" href="{_uri("audio/midi", score.dumps_midi())}">MIDI</a></figcaption>'
                 f'<img alt="piano roll" src="{_uri("image/png", png(figure, 100))}">'
-                f'<img alt="notation" src="{_uri("image/svg+xml", notation(beginning).encode())}"></figure>')
+                f'<img alt="notation" src="{_uri("image/svg+xml", notation(score, NOTATED).encode())}"></figure>')
     text = PAGE.format(title=escape(title), intro=escape(intro), body="\n".join(body))
     atomic(path, lambda p: p.write_text(text))
 

@@ -1,5 +1,5 @@
 """The `mtx` command: runs the numbered notebooks through papermill, once (`mtx run`) or many times (`mtx sweep`), and
-takes a file through the latent (`mtx reconstruct`).
+takes a file through the latent (`mtx reconstruct`), serves the widgets as a page (`mtx app`).
 
 What papermill leaves open is settled here. It only warns about a misspelt parameter: `mtx` refuses it before anything
 runs. It has no resume: `<out>/.done/<notebook>.json` holds a digest of the notebook's code, its parameters and the done
@@ -22,6 +22,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -64,12 +65,20 @@ class NotebookFailed(RuntimeError):
     """A cell raised or the kernel died; the message says where, why and how to go on."""
 
 
+class NoneRegistered(KernelSpecManager):
+    """Finds no kernel, so that `python3` means sys.executable."""
+
+    @default("kernel_dirs")
+    def _nowhere(self):
+        return []
+
+
 class ThisPython(AsyncKernelManager):
     shutdown_wait_time = Float(20.0)  # seconds, of which training gets half to save itself at Ctrl-C
 
     @default("kernel_spec_manager")
     def _none_registered(self):
-        return KernelSpecManager(kernel_dirs=[])  # finds no kernel, so that `python3` means sys.executable
+        return NoneRegistered()
 
 
 class Stream(io.TextIOBase):
@@ -421,6 +430,32 @@ def reconstruct_command(args: argparse.Namespace) -> int:
     return 0
 
 
+APP_HEAD = """<title>Morph, compose, steer</title>
+<style>[data-mime-type="application/vnd.jupyter.stdout"] {display: none} main {max-width: 1240px; margin: 0 auto}</style>
+
+# Morph, compose, steer"""
+
+
+def app_command(args: argparse.Namespace) -> int:
+    """Serve the cells of notebook 06 tagged `app`, on loopback; the browser is told to load nothing from elsewhere."""
+    import nbformat
+
+    if not (args.run / "model.safetensors").exists():
+        raise FileNotFoundError(f"{args.run} is not a finished run; train one first (`mtx run`)")
+    book = nbformat.read(find_notebooks(args.notebooks, ["06"])[0], 4)
+    parameters, *cells = [cell for cell in book.cells if {"parameters", "app"} & {*cell.metadata.get("tags", [])}]
+    parameters.source += f"\nrun_dir = {str(args.run.resolve())!r}"
+    book.cells = [nbformat.v4.new_markdown_cell(APP_HEAD), parameters, *cells]
+    policy = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws:"
+    with tempfile.TemporaryDirectory() as folder:
+        nbformat.write(book, Path(folder, "app.ipynb"))
+        return subprocess.call([
+            sys.executable, "-m", "voila", f"{folder}/app.ipynb", "--Voila.ip=127.0.0.1", f"--port={args.port}",
+            f"--Voila.open_browser={not args.no_browser}",
+            "--VoilaConfiguration.kernel_spec_manager_class=mtxlib.workbook.NoneRegistered",
+            f"--Voila.tornado_settings={ {'headers': {'Content-Security-Policy': policy}} }"])
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="mtx", description="Runs the notebooks of the workbook, once or many times.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
@@ -443,7 +478,12 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--run", type=Path, default=Path("outputs/reference"), help="run folder; default %(default)s")
     again.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     again.set_defaults(call=reconstruct_command)
-    for command in (run, sweep):
+    app = commands.add_parser("app", help="the widgets of notebook 06 as a page on this machine, without Jupyter")
+    app.add_argument("--run", type=Path, default=Path("outputs/reference"), help="run folder; default %(default)s")
+    app.add_argument("--port", type=int, default=8866, help="default %(default)s")
+    app.add_argument("--no-browser", action="store_true", help="only print the address")
+    app.set_defaults(call=app_command)
+    for command in (run, sweep, app):
         command.add_argument("--notebooks", type=Path, default=NOTEBOOKS, metavar="DIR", help="folder of the notebooks")
     return top
 

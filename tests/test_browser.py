@@ -1,0 +1,167 @@
+"""The widgets as people meet them: JupyterLab and `mtx app` on loopback, in Chromium driven by Playwright.
+
+The model is the committed reference run: one of a few steps makes the same music whatever its latent.
+"""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+
+import nbformat
+import numpy as np
+import pytest
+import soundfile
+from symusic import Score
+
+import mtxlib
+from mtxlib.config import Config
+from mtxlib.show import ROOM
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt-get install chromium")
+FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+         "--disable-component-update --disable-sync").split()
+SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"},  # all cells are in the page, seen or not
+            "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}
+
+
+@pytest.fixture(scope="module")
+def folder(music, tmp_path_factory):
+    """The reference model as a run on the small corpus."""
+    folder = tmp_path_factory.mktemp("browser") / "run"
+    folder.mkdir()
+    for name in ("model.safetensors", "tokenizer.json"):
+        shutil.copy(mtxlib.ROOT / "outputs" / "reference" / name, folder)
+    config = Config.load(mtxlib.ROOT / "outputs" / "reference" / "config.json")
+    config = config.replace(source="folder", archive=str(music), data_dir=str(music.parent / "data"), limit=0)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def open_page():
+    """Opens a page whose requests, and what it complains of, are written down."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+
+        def opened(url: str, width: int = 1280):
+            page = browser.new_page(viewport={"width": width, "height": 1000})
+            page.set_default_timeout(60_000)
+            page.asked = []
+            page.on("request", lambda request: page.asked.append(request.url))
+            page.goto(url)
+            return page
+
+        yield opened
+        browser.close()
+
+
+@contextmanager
+def serving(command: list[str], ready: str, folder):
+    """A server that is up, and is gone afterwards; its settings lie in `folder` alone."""
+    for name, values in SETTINGS.items():
+        path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    environment = {**os.environ, "PYTHONPATH": str(mtxlib.ROOT), "OMP_NUM_THREADS": "1",
+                   "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+                   **{f"JUPYTER_{name}_DIR": str(folder / name) for name in ("CONFIG", "DATA", "RUNTIME")}}
+    with open(folder / "log.txt", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", *command], cwd=folder, env=environment, stdout=log, stderr=log)
+    try:
+        wait_for(lambda: answers(ready), lambda: (folder / "log.txt").read_text())
+        yield
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def answers(url: str) -> bool:
+    try:
+        return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def wait_for(condition, says=lambda: "", seconds: float = 60):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, says()
+        time.sleep(0.1)
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def sound_of(page) -> tuple[str, np.ndarray, int]:
+    """The address of the clip that can be seen, and what it holds."""
+    source = page.locator(".mtx audio").locator("visible=true").first.get_attribute("src")
+    assert source.startswith("data:audio/ogg;base64,")
+    return source, *soundfile.read(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+
+
+def move_listen_and_save(page) -> None:
+    """Moves the slider by keys: the roll changes, a new clip plays, as long as the music in the file that is saved."""
+    handle = page.locator(".mtx .noUi-handle[aria-orientation=horizontal]").locator("visible=true")
+    slider = page.locator(".mtx .widget-hslider", has_text="A to B")
+    slider.wait_for()
+    picture = page.locator(".mtx img").locator("visible=true").first
+    picture.wait_for()
+    assert handle.count() >= 2
+    roll, clip = picture.get_attribute("src"), sound_of(page)[0]
+    slider.locator(".noUi-handle").focus()
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    wait_for(lambda: slider.locator(".widget-readout").inner_text() == "α 0.70")
+    wait_for(lambda: picture.get_attribute("src") != roll)
+    page.get_by_role("button", name="Save MIDI").locator("visible=true").click()
+    said = wait_for(lambda: re.search(r"Saved as (.*0\.70.*\.mid)", page.locator(".mtx").first.inner_text()))
+    source, samples, rate = sound_of(page)
+    saved = Score(said[1])
+    assert source != clip and np.sqrt(np.mean(samples ** 2)) > 0.01 and saved.note_num() > 8
+    assert len(samples) / rate == pytest.approx(saved.to("second").end() + ROOM, abs=0.1)
+
+
+def stays_here(page) -> bool:
+    return all(re.match(r"(https?|wss?)://127\.0\.0\.1[:/]|data:|blob:", url) for url in page.asked)
+
+
+def test_the_slider_in_jupyterlab(folder, open_page, tmp_path):
+    notebook = nbformat.read(mtxlib.ROOT / "notebooks" / "06_interpolation.ipynb", 4)
+    [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    parameters.source += f"\nrun_dir, steps_between, samples, long_bars = {str(folder)!r}, 3, 2, 8"
+    nbformat.write(notebook, tmp_path / "06.ipynb")
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    with serving(["jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
+                  "--IdentityProvider.token=t", f"--ServerApp.root_dir={tmp_path}",
+                  "--KernelSpecManager.ensure_native_kernel=True"], f"{address}/api/status?token=t", tmp_path):
+        page = open_page(f"{address}/lab/tree/06.ipynb?token=t")
+        page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+        page.get_by_text("Run", exact=True).first.click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        move_listen_and_save(page)
+        assert stays_here(page)
+
+
+def test_the_same_as_a_page(folder, open_page, tmp_path):
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    with serving(["mtxlib.workbook", "app", "--run", str(folder), f"--port={port}", "--no-browser"],
+                 f"{address}/voila/static/", tmp_path):
+        page = open_page(address)
+        move_listen_and_save(page)
+        assert stays_here(page) and "read_safely" not in page.content()
