@@ -30,7 +30,8 @@ STEPS = 21  # positions of the slider from A to B
 TOP_P = 0.95  # where the temperature is not 0
 REACH, FINE = 3.0, 0.25  # of the sliders of attributes, in standard deviations
 ROW = Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 16px")
-STYLE = """<style>.mtx audio {height: 36px; width: 320px}
+WIDE = 13.6, 3  # inches of a picture
+STYLE = """<style>.mtx audio {height: 36px; width: 320px; display: block}
 .mtx img {background: white; border-radius: 4px; height: auto}</style>"""
 
 
@@ -65,18 +66,20 @@ class Studio(widgets.VBox):
     def __init__(self, run: Run, temperature: float = 0.0):
         self.run, self.score, self.name, self.ready = run, None, "", {}
         self.temperature = widgets.FloatSlider(temperature, min=0, max=1.5, step=0.1, continuous_update=False,
-                                               description="temperature", style={"description_width": "80px"},
-                                               layout=Layout(width="280px"))
+                                               description="temperature", style={"description_width": "100px"},
+                                               layout=Layout(width="300px"))
         self.seed = widgets.BoundedIntText(0, min=0, max=2**31 - 1, description="seed",
                                          style={"description_width": "40px"}, layout=Layout(width="140px"))
         self.status, self.sound = widgets.HTML(), widgets.HTML()
-        self.picture, self.notation = widgets.Image(), widgets.Image(format="svg+xml")
+        self.picture = widgets.Image()
+        self.notation = widgets.Image(format="svg+xml", layout=Layout(flex="0 0 auto"))
         self.plays = widgets.Checkbox(description="play each change", indent=False, layout=Layout(width="150px"))
         self.plays.observe(lambda _: self.ready.clear(), "value")
         saves = [button(f"Save {kind}", "download", partial(self.save, suffix))
                  for kind, suffix in (("MIDI", ".mid"), ("MusicXML", ".musicxml"))]
         self.result = widgets.VBox([self.picture, widgets.HBox([self.sound, self.plays, *saves], layout=ROW),
-                                    widgets.Box([self.notation], layout=Layout(max_height="460px", overflow="auto"))],
+                                    widgets.VBox([self.notation], layout=Layout(max_height="460px", overflow="auto",
+                                                                              align_items="flex-start"))],
                                    layout=Layout(display="none", grid_gap="8px"))
         super().__init__(layout=Layout(max_width="1200px", grid_gap="8px", padding="8px 0"))
         self.add_class("mtx")
@@ -101,7 +104,7 @@ class Studio(widgets.VBox):
 
     def present(self, score: Score, name: str, draw, bars: int | None = None) -> None:
         """Show a score, what is quickest first. `name` tells it from all others, its files too; `draw` pictures it."""
-        self.score, self.name = score, re.sub(r"[^\w.,=+-]+", "_", name)
+        self.score, self.name = score, re.sub(r"[^\w.,=+-]+", "_", name.replace("–", "-"))
         for widget, make in ((self.picture, draw), (self.sound, lambda: show.player(score, self.plays.value)),
                              (self.notation, lambda: show.notation(score, bars).encode())):
             if (widget, name) not in self.ready:
@@ -131,7 +134,7 @@ class Chooser(widgets.HBox):
             raise ValueError(f"pieces: expected one of {self.run.n_bars} bars or more, got none in {len(pieces)}")
         self.music = ({nothing: (nothing, None)} if nothing else {}) | self.music
         self.piece = widgets.Dropdown(options=list(self.music), index=min(index, len(self.music) - 1),
-                                      description=label, layout=Layout(width="320px"))
+                                      description=label, layout=Layout(width="350px"))
         self.bars = widgets.Dropdown(layout=Layout(width="120px"))
         self.upload = widgets.FileUpload(accept=",".join(KINDS), description="your file", layout=Layout(width="auto"))
         self.pick()
@@ -146,6 +149,7 @@ class Chooser(widgets.HBox):
         self.starts = bar_starts(self.score) if music else []
         self.bars.options = [(f"bars {bar + 1}–{bar + n}", bar) for bar in range(len(self.starts) - n)]
         self.bars.index = 0 if music else None
+        self.bars.layout.visibility = "visible" if music else "hidden"
         self.changed()
 
     def take(self, change: dict) -> None:
@@ -191,7 +195,8 @@ class Morph(Studio):
         columns = [widgets.VBox([widgets.Label(f"bar {i}"), dial, button("swap", "exchange", partial(self.swap, dial))],
                                 layout=Layout(align_items="center")) for i, dial in enumerate(self.bars, 1)]
         line = np.linspace(0, 1, run.n_bars).round(2).tolist()
-        presets = widgets.VBox([button("A becomes B", "arrow-right", partial(self.set_bars, line)),
+        presets = widgets.VBox([widgets.Label("0 is A, 1 is B"),
+                                button("A becomes B", "arrow-right", partial(self.set_bars, line)),
                                 button("B becomes A", "arrow-left", partial(self.set_bars, line[::-1]))])
         self.mode = widgets.ToggleButtons(options=[("whole window", False), ("bar by bar", True)],
                                           style={"button_width": "130px"})
@@ -265,8 +270,8 @@ class Steer(Studio):
         self.measured = {name: widgets.Label() for name in self.directions.names}
         rows = [w for name in self.dials for w in (widgets.Label(name), self.dials[name], self.measured[name])]
         table = widgets.GridBox(rows, layout=Layout(grid_template_columns="110px 380px auto", align_items="center"))
-        reset = button("Reset", "undo", self.reset)
-        self.arrange(widgets.HBox([self.piece, self.temperature, self.seed], layout=ROW), table, reset)
+        settings = [self.piece, self.temperature, self.seed, button("Reset", "undo", self.reset)]
+        self.arrange(widgets.HBox(settings, layout=ROW), table)
         self.piece.changed = self.turn
         for dial in (self.temperature, self.seed, *self.dials.values()):
             dial.observe(self.turn, "value")
@@ -281,6 +286,7 @@ class Steer(Studio):
             for name, label in self.measured.items():
                 label.value = f"{ATTRIBUTES[name](plain):.2f} → {ATTRIBUTES[name](score):.2f}"
             figure = show.piano_rolls([window, score], [self.piece.place, "steered"], bars=self.run.n_bars)
+            figure.set_size_inches(WIDE)
             said = " ".join(f"{name}{dial.value:+.2f}" for name, dial in self.dials.items() if dial.value)
             self.ready.clear()
             self.present(score, f"steer {self.piece.place} {said}", lambda: show.png(figure), self.run.n_bars)
@@ -308,7 +314,7 @@ class Compose(Studio):
         with self.telling(f"Composing {bars} bars …"):
             score = self.run.generate(bars, seed, temperature, TOP_P, self.prompt.window)
             figure = show.piano_rolls([score], [f"{bars} bars, seed {seed}, temperature {temperature}"])
-            figure.set_size_inches(13.6, 3.2)
+            figure.set_size_inches(WIDE)
             self.ready.clear()
             self.present(score, f"composed {bars} bars seed {seed} temperature {temperature:.1f}",
                          lambda: show.png(figure))

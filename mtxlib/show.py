@@ -125,8 +125,8 @@ def piano_roll(score, ax=None, title: str = "", bars: int | tuple[int, int] | No
 
 
 def piano_rolls(scores, titles, columns: int = 3, bars: int | None = None) -> plt.Figure:
-    """A grid of piano rolls on one pitch axis, of `bars` bars each. The figure is closed in pyplot, so that a cell shows
-    it only once."""
+    """A grid of piano rolls on one pitch axis, `bars` of each. The figure is closed in pyplot, so that a cell shows it
+    only once."""
     columns = min(columns, len(scores))
     fig, axes = plt.subplots(-(-len(scores) // columns), columns, sharey=True, squeeze=False, layout="constrained")
     fig.set_size_inches(4.2 * columns + 1, 2.8 * len(axes))
@@ -395,10 +395,10 @@ img {{display: block; max-width: 100%; margin-top: .5rem; background: white; bor
 
 
 def page(path: str | Path, title: str, intro: str, sections: dict[str, list[tuple[str, symusic.Score]]]) -> None:
-    """Write one HTML file to listen to and read without a kernel or a network: for each (caption, score) of each section
-    a player, the piano roll, the notation and a link that saves its MIDI, all inside the file. Atomic.
+    """Write one HTML file that needs no kernel and no network: for each (caption, score) of each section a player, the
+    piano roll, the notation and a link that saves its MIDI, all inside the file. Atomic.
 
-    A score longer than NOTATED bars has its first ones notated: notation is the largest part, 15 KB a bar.
+    Only the first NOTATED bars of a score are notated: they take 20 KB each.
     """
     body = []
     for heading, items in sections.items():

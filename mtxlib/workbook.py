@@ -430,30 +430,27 @@ def reconstruct_command(args: argparse.Namespace) -> int:
     return 0
 
 
-APP_HEAD = """<title>Morph, compose, steer</title>
-<style>[data-mime-type="application/vnd.jupyter.stdout"] {display: none} main {max-width: 1240px; margin: 0 auto}</style>
-
-# Morph, compose, steer"""
-
-
 def app_command(args: argparse.Namespace) -> int:
-    """Serve the cells of notebook 06 tagged `app`, on loopback; the browser is told to load nothing from elsewhere."""
+    """Serve the cells of notebook 06 tagged `app`. Voilà's page would load fonts from elsewhere: the policy forbids it."""
     import nbformat
 
     if not (args.run / "model.safetensors").exists():
         raise FileNotFoundError(f"{args.run} is not a finished run; train one first (`mtx run`)")
     book = nbformat.read(find_notebooks(args.notebooks, ["06"])[0], 4)
-    parameters, *cells = [cell for cell in book.cells if {"parameters", "app"} & {*cell.metadata.get("tags", [])}]
-    parameters.source += f"\nrun_dir = {str(args.run.resolve())!r}"
-    book.cells = [nbformat.v4.new_markdown_cell(APP_HEAD), parameters, *cells]
-    policy = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws:"
+    *cells, widget = [cell for cell in book.cells if {"parameters", "app"} & {*cell.metadata.get("tags", [])}]
+    cells[0].source += f"\nrun_dir = {str(args.run.resolve())!r}"
+    for cell in cells:
+        cell.source = f"%%capture\n{cell.source}"
+    book.cells = [nbformat.v4.new_markdown_cell("# Morph, compose, steer"), *cells, widget]
+    policy = f"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws://127.0.0.1:{args.port}"
+    settings = {
+        "Voila": {"ip": "127.0.0.1", "port": args.port, "open_browser": not args.no_browser,
+                  "tornado_settings": {"headers": {"Content-Security-Policy": policy}}},
+        "VoilaConfiguration": {"kernel_spec_manager_class": "mtxlib.workbook.NoneRegistered"}}
     with tempfile.TemporaryDirectory() as folder:
-        nbformat.write(book, Path(folder, "app.ipynb"))
-        return subprocess.call([
-            sys.executable, "-m", "voila", f"{folder}/app.ipynb", "--Voila.ip=127.0.0.1", f"--port={args.port}",
-            f"--Voila.open_browser={not args.no_browser}",
-            "--VoilaConfiguration.kernel_spec_manager_class=mtxlib.workbook.NoneRegistered",
-            f"--Voila.tornado_settings={ {'headers': {'Content-Security-Policy': policy}} }"])
+        nbformat.write(book, Path(folder, "mtx.ipynb"))
+        Path(folder, "voila.json").write_text(json.dumps(settings))
+        return subprocess.call([sys.executable, "-m", "voila", "mtx.ipynb"], cwd=folder)
 
 
 def parser() -> argparse.ArgumentParser:
