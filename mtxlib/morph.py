@@ -149,7 +149,7 @@ class Chooser(widgets.HBox):
         self.starts = bar_starts(self.score) if music else []
         self.bars.options = [(f"bars {bar + 1}–{bar + n}", bar) for bar in range(len(self.starts) - n)]
         self.bars.index = 0 if music else None
-        self.bars.layout.visibility = "visible" if music else "hidden"
+        self.bars.layout.display = "" if music else "none"
         self.changed()
 
     def take(self, change: dict) -> None:
@@ -157,7 +157,8 @@ class Chooser(widgets.HBox):
         for file in change["new"]:
             name = file["name"]
             with self.studio.telling(f"Reading {name} …"):
-                self.music = {name: (name, self.read(name, bytes(file["content"])))} | self.music
+                score = self.read(name, bytes(file["content"]))
+                self.music = {name: (name, score)} | {k: m for k, m in self.music.items() if k != name}
                 self.piece.options = list(self.music)
                 self.piece.value = name
                 self.pick()  # also where a file of this name was there before
@@ -269,9 +270,11 @@ class Steer(Studio):
                       for name in self.directions.names}
         self.measured = {name: widgets.Label() for name in self.directions.names}
         rows = [w for name in self.dials for w in (widgets.Label(name), self.dials[name], self.measured[name])]
-        table = widgets.GridBox(rows, layout=Layout(grid_template_columns="110px 380px auto", align_items="center"))
-        settings = [self.piece, self.temperature, self.seed, button("Reset", "undo", self.reset)]
-        self.arrange(widgets.HBox(settings, layout=ROW), table)
+        rows += [button("Reset", "undo", self.reset), widgets.Label("in standard deviations of the training split"),
+                 widgets.Label("as it was → as it is")]
+        table = widgets.GridBox(rows, layout=Layout(grid_template_columns="110px 380px auto", align_items="center",
+                                                    grid_gap="2px 16px"))
+        self.arrange(widgets.HBox([self.piece, self.temperature, self.seed], layout=ROW), table)
         self.piece.changed = self.turn
         for dial in (self.temperature, self.seed, *self.dials.values()):
             dial.observe(self.turn, "value")
@@ -285,9 +288,9 @@ class Steer(Studio):
             plain, score = self.run.decode(torch.cat([z, moved]), self.temperature.value, TOP_P, self.seed.value)
             for name, label in self.measured.items():
                 label.value = f"{ATTRIBUTES[name](plain):.2f} → {ATTRIBUTES[name](score):.2f}"
-            figure = show.piano_rolls([window, score], [self.piece.place, "steered"], bars=self.run.n_bars)
-            figure.set_size_inches(WIDE)
             said = " ".join(f"{name}{dial.value:+.2f}" for name, dial in self.dials.items() if dial.value)
+            figure = show.piano_rolls([window, score], [self.piece.place, f"steered {said}"], bars=self.run.n_bars)
+            figure.set_size_inches(WIDE)
             self.ready.clear()
             self.present(score, f"steer {self.piece.place} {said}", lambda: show.png(figure), self.run.n_bars)
 

@@ -431,7 +431,7 @@ def reconstruct_command(args: argparse.Namespace) -> int:
 
 
 def app_command(args: argparse.Namespace) -> int:
-    """Serve the cells of notebook 06 tagged `app`. Voilà's page would load fonts from elsewhere: the policy forbids it."""
+    """Serve the cells of notebook 06 tagged `app`. Voilà's page asks others for fonts: the policy forbids it."""
     import nbformat
 
     if not (args.run / "model.safetensors").exists():
