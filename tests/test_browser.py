@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import nbformat
 import numpy as np
@@ -84,7 +84,10 @@ def serving(command: list[str], ready: str, folder):
         yield
     finally:
         server.terminate()
-        server.wait(20)
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(10)
+        server.kill()  # its kernels end when they miss it
+        server.wait()
 
 
 def answers(url: str) -> bool:
