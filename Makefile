@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 PIP_INSTALL = .venv/bin/python -m pip install -c constraints.txt
 
-.PHONY: run test lab bench lint clean
+.PHONY: run test lab app bench lint clean
 
 run: .venv/installed
 	.venv/bin/mtx run --preset quick --out outputs/quickstart $(ARGS)
@@ -15,6 +15,10 @@ test: .venv/installed-test
 # JupyterLab on this machine only; it prints its address with the token
 lab: .venv/installed
 	.venv/bin/jupyter lab --ip=127.0.0.1 $(ARGS)
+
+# The widgets of notebook 06 as a page on this machine only
+app: .venv/installed
+	.venv/bin/mtx app $(ARGS)
 
 # Speed against baselines: one table, kept as outputs/reference/bench.json
 bench: .venv/installed

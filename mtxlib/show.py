@@ -9,9 +9,12 @@ Every function takes a `symusic.Score` in ticks and leaves it as it was. What is
 music21, verovio and soundfile are imported where they are used: music21 alone takes a second.
 """
 
+import base64
 import importlib.util
 import io
+import re
 from functools import cache
+from html import escape
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -32,6 +35,7 @@ GAP = 0.06  # quarters left free after a rectangle of the piano roll
 PIANO = 5  # electric piano: in tune from C2 to C6, speaks at once, holds its level
 RATE = 22050  # samples a second
 OVERSAMPLING = 4  # the synthesizer rounds loops to samples: at 88 kHz C2 to C6 lie within 10 cents, at 22 kHz within 40
+NOTATED = 16  # bars of a long score that a page notates
 ROOM = 1.0  # seconds in which the echo falls by 60 dB; the sound ends this long after the last note
 
 
@@ -120,12 +124,13 @@ def piano_roll(score, ax=None, title: str = "", bars: int | tuple[int, int] | No
     return ax
 
 
-def piano_rolls(scores, titles, columns: int = 3) -> plt.Figure:
-    """A grid of piano rolls on one pitch axis. The figure is closed in pyplot, so that a cell shows it only once."""
+def piano_rolls(scores, titles, columns: int = 3, bars: int | None = None) -> plt.Figure:
+    """A grid of piano rolls on one pitch axis, `bars` of each. The figure is closed in pyplot, so that a cell shows it
+    only once."""
     columns = min(columns, len(scores))
     fig, axes = plt.subplots(-(-len(scores) // columns), columns, sharey=True, squeeze=False, layout="constrained")
     fig.set_size_inches(4.2 * columns + 1, 2.8 * len(axes))
-    ranges = [_draw(ax, *pair) for ax, pair in zip(axes.flat, zip(scores, titles, strict=True), strict=False)]
+    ranges = [_draw(ax, *pair, bars) for ax, pair in zip(axes.flat, zip(scores, titles, strict=True), strict=False)]
     _pitch_axis(axes[0, 0], min(r[0] for r in ranges), max(r[1] for r in ranges))
     handles = {name: h for ax in axes.flat for h, name in zip(*ax.get_legend_handles_labels(), strict=True)}
     if handles:
@@ -136,6 +141,30 @@ def piano_rolls(scores, titles, columns: int = 3) -> plt.Figure:
         ax.set_axis_off()
     plt.close(fig)
     return fig
+
+
+def redraw(fig: plt.Figure, number: int, score, title: str, bars: int | None = None) -> None:
+    """Put another score into one of `piano_rolls`, in half the time of a new figure. The pitch axis grows where it must
+    and never shrinks."""
+    if fig.get_layout_engine():
+        fig.draw_without_rendering()  # lays it out, once and for all
+        fig.set_layout_engine("none")
+    ax, (low, high) = fig.axes[number], fig.axes[0].get_ylim()
+    label = ax.get_ylabel()
+    ax.clear()
+    lowest, highest = _draw(ax, score, title, bars)
+    ax.set_ylabel(label)
+    _pitch_axis(fig.axes[0], min(lowest, round(low + 2.5)), max(highest, round(high - 2.5)))
+
+
+def png(fig: plt.Figure, dpi: int = 130) -> bytes:
+    """The figure as PNG with a palette, a third of the size of the same in true colour."""
+    from PIL import Image
+
+    buffer, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(buffer, dpi=dpi)
+    Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "PNG")
+    return small.getvalue()
 
 
 def _lines(notes) -> list[list[tuple[int, int, list[int]]]]:
@@ -286,11 +315,13 @@ def _engraver():
     return toolkit
 
 
-def notation(score) -> str:
-    """The score as one SVG image 945 pixels wide: two staves for four voices, else one staff a track.
+def notation(score, bars: int | None = None) -> str:
+    """The score, or its first `bars`, as one SVG image 945 pixels wide: two staves for four voices, else one staff a
+    track.
 
     The page ends after 27,000 pixels, some 500 bars of a chorale: cut longer music into pieces.
     """
+    score = score.clip(0, _bars(score)[:bars][-1][1], clip_end=True) if bars else score
     engraver = _engraver()
     engraver.loadData(musicxml(score))
     return engraver.renderToSVG(1)
@@ -339,11 +370,66 @@ def _ogg(samples: np.ndarray, rate: int) -> bytes:
     return buffer.getvalue()
 
 
+def save(score, path: str | Path) -> None:
+    """Write MusicXML where the name ends in .musicxml, else MIDI; atomic."""
+    is_xml = Path(path).suffix == ".musicxml"
+    atomic(path, (lambda p: p.write_text(musicxml(score))) if is_xml else score.dump_midi)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>
+:root {{color-scheme: light dark}}
+body {{font: 16px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem}}
+h1, h2 {{font-weight: 600; line-height: 1.2}}
+h2 {{margin-top: 2.5rem; padding-top: 1rem; border-top: 1px solid #8884}}
+figure {{margin: 1.5rem 0 2rem}}
+figcaption {{display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: center}}
+figcaption b {{flex: 1 1 14rem}}
+audio {{height: 36px; width: 320px}}
+img {{display: block; max-width: 100%; margin-top: .5rem; background: white; border-radius: 4px}}
+@media (prefers-color-scheme: dark) {{img {{filter: invert(.88) hue-rotate(180deg)}}}}
+</style></head><body><h1>{title}</h1><p>{intro}</p>
+{body}</body></html>
+"""
+
+
+def page(path: str | Path, title: str, intro: str, sections: dict[str, list[tuple[str, symusic.Score]]]) -> None:
+    """Write one HTML file that needs no kernel and no network: for each (caption, score) of each section a player, the
+    piano roll, the notation and a link that saves its MIDI, all inside the file. Atomic.
+
+    Only the first NOTATED bars of a score are notated: they take 20 KB each.
+    """
+    body = []
+    for heading, items in sections.items():
+        body.append(f"<h2>{escape(heading)}</h2>")
+        for caption, score in items:
+            figure = piano_rolls([score], [""])
+            figure.set_size_inches(9.6, 2.4)
+            name = re.sub(r"[^\w.,=+-]+", "_", caption)
+            body.append(
+                f"<figure><figcaption><b>{escape(caption)}</b>{player(score)}"
+                f'<a download="{name}.mid" href="{_uri("audio/midi", score.dumps_midi())}">MIDI</a></figcaption>'
+                f'<img alt="piano roll" src="{_uri("image/png", png(figure, 100))}">'
+                f'<img alt="notation" src="{_uri("image/svg+xml", notation(score, NOTATED).encode())}"></figure>')
+    text = PAGE.format(title=escape(title), intro=escape(intro), body="\n".join(body))
+    atomic(path, lambda p: p.write_text(text))
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
 def save_ogg(score, path: str | Path) -> Path:
     """Write the sound of the score as OGG Vorbis, about 6 KB a second; atomic."""
     data = _ogg(*waveform(score))
     atomic(path, lambda p: p.write_bytes(data))
     return Path(path)
+
+
+def player(score, autoplay: bool = False) -> str:
+    """An <audio> element with the sound inside."""
+    return f'<audio controls{" autoplay" * autoplay} src="{_uri("audio/ogg", _ogg(*waveform(score)))}"></audio>'
 
 
 def audio(score) -> Audio:

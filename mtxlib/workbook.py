@@ -1,5 +1,5 @@
 """The `mtx` command: runs the numbered notebooks through papermill, once (`mtx run`) or many times (`mtx sweep`), and
-takes a file through the latent (`mtx reconstruct`).
+takes a file through the latent (`mtx reconstruct`), serves the widgets as a page (`mtx app`).
 
 What papermill leaves open is settled here. It only warns about a misspelt parameter: `mtx` refuses it before anything
 runs. It has no resume: `<out>/.done/<notebook>.json` holds a digest of the notebook's code, its parameters and the done
@@ -20,6 +20,7 @@ import random
 import re
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from traitlets import Float, default
 from mtxlib import ROOT
 from mtxlib.cluster import Jobs, Processes
 from mtxlib.config import PRESETS, Config, flat_names, nearest, preset_values
-from mtxlib.files import atomic, atomic_text
+from mtxlib.files import atomic_text
 
 NOTEBOOKS = ROOT / "notebooks"
 KERNEL_OPTIONS = [
@@ -63,12 +64,20 @@ class NotebookFailed(RuntimeError):
     """A cell raised or the kernel died; the message says where, why and how to go on."""
 
 
+class NoneRegistered(KernelSpecManager):
+    """Finds no kernel, so that `python3` means sys.executable."""
+
+    @default("kernel_dirs")
+    def _nowhere(self):
+        return []
+
+
 class ThisPython(AsyncKernelManager):
     shutdown_wait_time = Float(20.0)  # seconds, of which training gets half to save itself at Ctrl-C
 
     @default("kernel_spec_manager")
     def _none_registered(self):
-        return KernelSpecManager(kernel_dirs=[])  # finds no kernel, so that `python3` means sys.executable
+        return NoneRegistered()
 
 
 class Stream(io.TextIOBase):
@@ -427,18 +436,40 @@ def sweep_command(args: argparse.Namespace) -> int:
 def reconstruct_command(args: argparse.Namespace) -> int:
     from mtxlib.diagnose import note_counts  # torch takes seconds to import, and `mtx` has to refuse at once
     from mtxlib.run import load_run
-    from mtxlib.show import musicxml
+    from mtxlib.show import save
 
     if args.out.suffix not in (".mid", ".midi", ".musicxml"):
         raise ValueError(f"{args.out}: expected a name that ends in .mid or .musicxml")
     run = load_run(args.run)
     again = run.reconstruct(args.file, args.temperature)
-    is_xml = args.out.suffix == ".musicxml"
-    atomic(args.out, (lambda path: path.write_text(musicxml(again))) if is_xml else again.dump_midi)
+    save(again, args.out)
     given, found = note_counts(run.score(args.file)), note_counts(again)
     f1 = 2 * (given & found).total() / max(1, given.total() + found.total())
     print(f"{args.out}: {found.total()} notes, {given.total()} in {args.file}; note-F1 {f1:.3f}")
     return 0
+
+
+def app_command(args: argparse.Namespace) -> int:
+    """Serve the cells of notebook 06 tagged `app`. Voilà's page asks others for fonts: the policy forbids it."""
+    import nbformat
+
+    if not (args.run / "model.safetensors").exists():
+        raise FileNotFoundError(f"{args.run} is not a finished run; train one first (`mtx run`)")
+    book = nbformat.read(find_notebooks(args.notebooks, ["06"])[0], 4)
+    *cells, widget = [cell for cell in book.cells if {"parameters", "app"} & {*cell.metadata.get("tags", [])}]
+    cells[0].source += f"\nrun_dir = {str(args.run.resolve())!r}"
+    for cell in cells:
+        cell.source = f"%%capture\n{cell.source}"
+    book.cells = [nbformat.v4.new_markdown_cell("# Morph, compose, steer"), *cells, widget]
+    policy = f"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws://127.0.0.1:{args.port}"
+    settings = {
+        "Voila": {"ip": "127.0.0.1", "port": args.port, "open_browser": not args.no_browser,
+                  "tornado_settings": {"headers": {"Content-Security-Policy": policy}}},
+        "VoilaConfiguration": {"kernel_spec_manager_class": "mtxlib.workbook.NoneRegistered"}}
+    with tempfile.TemporaryDirectory() as folder:
+        nbformat.write(book, Path(folder, "mtx.ipynb"))
+        Path(folder, "voila.json").write_text(json.dumps(settings))
+        return subprocess.call([sys.executable, "-m", "voila", "mtx.ipynb"], cwd=folder)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -471,7 +502,12 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--run", type=Path, default=Path("outputs/reference"), help="run folder; default %(default)s")
     again.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     again.set_defaults(call=reconstruct_command)
-    for command in (run, sweep):
+    app = commands.add_parser("app", help="the widgets of notebook 06 as a page on this machine, without Jupyter")
+    app.add_argument("--run", type=Path, default=Path("outputs/reference"), help="run folder; default %(default)s")
+    app.add_argument("--port", type=int, default=8866, help="default %(default)s")
+    app.add_argument("--no-browser", action="store_true", help="only print the address")
+    app.set_defaults(call=app_command)
+    for command in (run, sweep, app):
         command.add_argument("--notebooks", type=Path, default=NOTEBOOKS, metavar="DIR", help="folder of the notebooks")
     return top
 

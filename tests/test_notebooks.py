@@ -20,11 +20,12 @@ KEYS = {"recon_nats", "rate_nats", "recon_per_token", "nats_per_grid_note", "kl_
         "mutual_information", "ln_n", "delta_nll_shuffled", "delta_nll_prior", "gain_over_floor", "note_f1",
         "duration_accuracy", "exact_windows", "retrieval_at_1", "prior_wellformed", "n_windows", "verdict", "advice"}
 MOVE_SLIDER = """
-before = bytes(picture.value), sound.value
-slider.value = slider_steps // 2
-assert bytes(picture.value) != before[0] and bytes(picture.value).startswith(b"\\x89PNG"), "the picture stayed the same"
-assert sound.value != before[1] and "data:audio/ogg;base64," in sound.value, "the sound stayed the same"
-print("moved to", slider.label)
+morph = studio.children[0]
+before = bytes(morph.picture.value), morph.sound.value
+morph.alpha.value = 0.7
+assert b"\\x89PNG" == bytes(morph.picture.value)[:4] and bytes(morph.picture.value) != before[0], "the same picture"
+assert morph.sound.value != before[1] and "data:audio/ogg;base64," in morph.sound.value, "the same sound"
+print("moved to", morph.alpha.label)
 """
 
 
@@ -47,7 +48,7 @@ def executed(music, tmp_path_factory):
 @pytest.mark.parametrize("bottleneck", ["none", "conv", "linear1d"])
 def test_the_run_notebooks_take_every_bottleneck(bottleneck, music, tmp_path):
     given = {"source": "folder", "archive": str(music), "data_dir": str(music.parent / "data"), "hop": "2",
-             "samples": "2", "saved": "1", "long_bars": "4", "slider_steps": "2", "bottleneck": bottleneck}
+             "samples": "2", "saved": "1", "long_bars": "4", "bottleneck": bottleneck}
     workbook.run_notebooks(["04", "05", "06"], tmp_path / "run", "tiny", given)
     diagnosis = json.loads((tmp_path / "run" / "diagnosis.json").read_text())
     assert (diagnosis["verdict"] == "collapsed" and not diagnosis["kl_per_dim"]) == (bottleneck == "none")
@@ -84,6 +85,7 @@ def test_the_samples_are_midi_that_opens(executed):
             "long_8_bars.mid"} <= names
     for path in (executed / "samples").glob("*.mid"):
         symusic.Score(path)
+    assert "sample 2</b><audio" in (executed / "samples" / "index.html").read_text()
 
 
 def test_round_trip_is_lossless_in_the_notebook(executed):
@@ -91,7 +93,7 @@ def test_round_trip_is_lossless_in_the_notebook(executed):
 
 
 def test_moving_the_slider_changes_roll_and_sound(executed):
-    assert "moved to 0.50" in outputs(executed, "06")
+    assert "moved to α 0.70" in outputs(executed, "06")
 
 
 FIGURES = dict.fromkeys(workbook.FIGURES, 0.5) | {"verdict": "healthy", "n_windows": 9, "seconds": 100}

@@ -49,7 +49,7 @@ def test_pins():
     assert not [pin for pin in PINS if pin.url] and not [line for line in lines if line.startswith("-")]
 
 
-@pytest.mark.parametrize("target", ["run", "test", "lab", "bench", "lint", "clean"])
+@pytest.mark.parametrize("target", ["run", "test", "lab", "app", "bench", "lint", "clean"])
 def test_make_target(target):
     assert target in recipes()
 

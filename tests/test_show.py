@@ -1,6 +1,8 @@
 """mtxlib.show against what the tests build by hand, and against music21 as an independent reader."""
 
+import base64
 import io
+import re
 import subprocess
 import sys
 import zipfile
@@ -344,3 +346,54 @@ def test_js_fakes_come_back_from_print():
         wanted = [sorted((n.time * 4 // score.tpq, n.duration * 4 // score.tpq, n.pitch) for n in t.notes)
                   for t in score.tracks]
         assert list(read_back(show.musicxml(score)).values()) == wanted
+
+
+# ---- a page, and pictures for widgets
+
+def test_a_page_holds_all_it_shows(tmp_path):
+    score, long = chorale(), score_of([("x", 0, [(16 * bar, 16, 60) for bar in range(30)])], [(0, 4, 4)])
+    show.page(tmp_path / "page.html", "A <title>", "An introduction.", {"First": [("one & two", score)],
+                                                                        "Second": [("long", long)]})
+    text = (tmp_path / "page.html").read_text()
+    assert "A &lt;title&gt;" in text and "one &amp; two" in text and text.count("<h2>") == 2
+    found = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert len(found) == 2 * 4 and all(uri.startswith("data:") for uri in found)
+    assert not re.search(r"https?://|url\(|@import|<script|<link", text)
+    kinds = [uri.split(";")[0] for uri in found]
+    assert kinds == ["data:audio/ogg", "data:audio/midi", "data:image/png", "data:image/svg+xml"] * 2
+    data = [base64.b64decode(uri.partition(",")[2]) for uri in found]
+    for original, ogg, mid in ((score, *data[:2]), (long, *data[4:6])):
+        sound, rate = soundfile.read(io.BytesIO(ogg))
+        assert len(sound) / rate == pytest.approx(original.to("second").end() + show.ROOM, abs=0.05)
+        assert Score.from_midi(mid).note_num() == original.note_num()
+    assert data[2].startswith(b"\x89PNG")
+    assert classes(data[3].decode())["measure"] == 4 and classes(data[7].decode())["measure"] == show.NOTATED
+
+
+def test_redraw_puts_another_score_into_a_figure():
+    low, high = score_of([("x", 0, [(0, 4, 40)])]), score_of([("x", 0, [(0, 4, 90)])])
+    fig = show.piano_rolls([low, low, chorale()], ["a", "b", "c"])
+    before, others = fig.axes[1].get_position().bounds, [len(fig.axes[i].patches) for i in (0, 2)]
+    show.redraw(fig, 1, high, "new", bars=1)
+    assert fig.axes[1].get_title("left") == "new" and [p.get_y() + 0.4 for p in fig.axes[1].patches] == [90]
+    assert [len(fig.axes[i].patches) for i in (0, 2)] == others
+    assert len({ax.get_ylim() for ax in fig.axes}) == 1 and fig.axes[0].get_ylim()[1] > 90
+    show.redraw(fig, 1, low, "again")
+    assert fig.axes[0].get_ylim()[1] > 90  # the axis does not jump back
+    assert fig.axes[1].get_position().width == pytest.approx(before[2], rel=0.5)
+    assert show.png(fig).startswith(b"\x89PNG")
+
+
+def test_rolls_and_notation_of_the_first_bars():
+    fig = show.piano_rolls([chorale(), chorale()], ["a", "b"], bars=2)
+    assert {ax.get_xlim() for ax in fig.axes} == {(0, 6)}
+    assert classes(show.notation(chorale(), 2))["measure"] == 2
+
+
+@pytest.mark.parametrize("suffix", [".mid", ".musicxml"])
+def test_save_writes_what_the_name_says(tmp_path, suffix):
+    show.save(chorale(), tmp_path / f"a{suffix}")
+    if suffix == ".mid":
+        assert Score(tmp_path / "a.mid").note_num() == chorale().note_num()
+    else:
+        assert read_back((tmp_path / "a.musicxml").read_text())[0, 1] == SOPRANO
