@@ -19,6 +19,7 @@ import math
 import random
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time

@@ -149,7 +149,9 @@ def stays_here(page) -> bool:
 def test_the_slider_in_jupyterlab(folder, open_page, tmp_path):
     notebook = nbformat.read(mtxlib.ROOT / "notebooks" / "06_interpolation.ipynb", 4)
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    parameters.source += f"\nrun_dir, steps_between, samples, long_bars = {str(folder)!r}, 3, 2, 8"
+    small = {"steps_between": 3, "samples": 2, "long_bars": 8, "pairs": 2, "pair_steps": 3, "attribute_windows": 1,
+             "prior_steps": 2, "judged_pieces": 1, "judged_bars": 4}
+    parameters.source += f"\n{', '.join(small)}, run_dir = {', '.join(map(str, small.values()))}, {str(folder)!r}"
     nbformat.write(notebook, tmp_path / "06.ipynb")
     address = f"http://127.0.0.1:{(port := free_port())}"
     with serving(["jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}",

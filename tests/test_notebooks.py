@@ -15,6 +15,8 @@ from mtxlib.config import PARTS
 from mtxlib.diagnose import note_counts
 
 NOTEBOOKS = sorted((mtxlib.ROOT / "notebooks").glob("0*.ipynb"))
+SMALL = {"pairs": "3", "pair_steps": "3", "attribute_windows": "2", "prior_steps": "3", "judged_pieces": "2",
+         "judged_bars": "4", "steps_between": "3"}  # of 06
 DEFAULTS = {f.name: f.default for part in PARTS for f in fields(part)}
 KEYS = {"recon_nats", "rate_nats", "recon_per_token", "nats_per_grid_note", "kl_per_dim", "active_units",
         "mutual_information", "ln_n", "delta_nll_shuffled", "delta_nll_prior", "gain_over_floor", "note_f1",
@@ -40,7 +42,7 @@ def executed(music, tmp_path_factory):
             notebook.cells.append(nbformat.v4.new_code_cell(MOVE_SLIDER))
         nbformat.write(notebook, copies / path.name)
     given = {"source": "folder", "archive": str(music), "data_dir": str(music.parent / "data"), "hop": "2",
-             "piece_a": "", "long_bars": "8", "samples": "3", "saved": "2"}
+             "piece_a": "", "long_bars": "8", "samples": "3", "saved": "2", **SMALL}
     workbook.run_notebooks([], out, "tiny", given, copies)
     return out
 
@@ -48,7 +50,7 @@ def executed(music, tmp_path_factory):
 @pytest.mark.parametrize("bottleneck", ["none", "conv", "linear1d"])
 def test_the_run_notebooks_take_every_bottleneck(bottleneck, music, tmp_path):
     given = {"source": "folder", "archive": str(music), "data_dir": str(music.parent / "data"), "hop": "2",
-             "samples": "2", "saved": "1", "long_bars": "4", "bottleneck": bottleneck}
+             "samples": "2", "saved": "1", "long_bars": "4", "bottleneck": bottleneck, **SMALL}
     workbook.run_notebooks(["04", "05", "06"], tmp_path / "run", "tiny", given)
     diagnosis = json.loads((tmp_path / "run" / "diagnosis.json").read_text())
     assert (diagnosis["verdict"] == "collapsed" and not diagnosis["kl_per_dim"]) == (bottleneck == "none")
@@ -82,7 +84,7 @@ def test_the_run_folder_is_complete(executed, music):
 def test_the_samples_are_midi_that_opens(executed):
     names = {path.name for path in (executed / "samples").glob("*.mid")}
     assert {"original_00.mid", "reconstruction_00.mid", "interpolation_00.mid", "prior_02.mid",
-            "long_8_bars.mid"} <= names
+            "long_8_bars.mid", "my_file_again.mid"} <= names
     for path in (executed / "samples").glob("*.mid"):
         symusic.Score(path)
     assert "sample 2</b><audio" in (executed / "samples" / "index.html").read_text()
