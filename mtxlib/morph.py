@@ -22,6 +22,7 @@ from symusic import Score
 from . import show
 from .corpus import KINDS, Piece, read_safely
 from .generate import mix
+from .judge import TONICS
 from .run import Run
 from .tokens import bar_starts, cut
 from .walk import ATTRIBUTES
@@ -309,13 +310,17 @@ class Compose(Studio):
         super().__init__(run, temperature=1.0)
         self.prompt = Chooser(self, pieces, "begins with", nothing="nothing: all is made up")
         self.length = widgets.IntSlider(16, min=8, max=128, step=4, description="bars", layout=Layout(width="420px"))
+        self.key = widgets.Dropdown(options=[("that of the beginning, or any", None), *((key, key) for key in TONICS)],
+                                    description="key", layout=Layout(width="300px"))
         self.arrange(widgets.HBox([self.prompt, self.length], layout=ROW),
-                     widgets.HBox([self.temperature, self.seed, button("Compose", "music", self.compose)], layout=ROW))
+                     widgets.HBox([self.key, self.temperature, self.seed, button("Compose", "music", self.compose)],
+                                  layout=ROW))
 
     def compose(self) -> None:
         bars, seed, temperature = self.length.value, self.seed.value, self.temperature.value
         with self.telling(f"Composing {bars} bars …"):
-            score = self.run.generate(bars, seed, temperature, TOP_P, self.prompt.window)
+            score = self.run.generate(bars, seed, temperature, top_p=TOP_P, prompt=self.prompt.window,
+                                      key=self.key.value)
             figure = show.piano_rolls([score], [f"{bars} bars, seed {seed}, temperature {temperature}"])
             figure.set_size_inches(WIDE)
             self.ready.clear()

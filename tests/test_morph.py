@@ -160,7 +160,8 @@ def test_composing(own, pieces):
     assert c.result.layout.display == "none"
     c.length.value, c.seed.value = 8, 3
     c.compose()
-    assert c.score == own.generate(8, 3, 1.0, morph.TOP_P) and c.result.layout.display == "" and "seed_3" in c.name
+    assert c.score == own.generate(8, 3, 1.0, top_p=morph.TOP_P)
+    assert c.result.layout.display == "" and "seed_3" in c.name
     c.prompt.piece.index = 1
     shown = seen(c)
     c.compose()
