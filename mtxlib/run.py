@@ -5,6 +5,8 @@ Music goes in as paths or `symusic.Score`s and comes out as scores; latents are 
 
 from __future__ import annotations  # symusic.Score is no class: `Path | Score` cannot be evaluated
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from .generate import decode, mix, prior_latents, slerp
 from .model import MusicVAE
 from .prior import RowPrior, fit, lay, lines_of, load_prior, save_prior
 from .tokens import Codec, bar_starts, chain, cut, join, load_tokenizer, tokenize, window_bars
-from .walk import ATTRIBUTES, Directions, find, load_directions, save_directions
+from .walk import ATTRIBUTES, Directions, change_mode, find, load_directions, save_directions
 
 BATCH = 128  # windows encoded or decoded at once
 
@@ -247,7 +249,8 @@ class Run:
 
     def directions(self) -> Directions:
         """Where the latent changes the attributes of the music: found on the training split, and kept in the run's
-        folder. Raises ValueError where windows do not all have the same latent rows."""
+        folder; the mode is changed by this run's own coding (`walk.change_mode`). Raises ValueError where
+        windows do not all have the same latent rows."""
         if self.config.model.bottleneck not in ("rows", "linear1d"):
             raise ValueError("bottleneck: expected rows or linear1d, whose latents all have one shape, got "
                              f"{self.config.model.bottleneck!r}")
@@ -258,7 +261,7 @@ class Run:
             values = np.array([[attribute(w) for attribute in ATTRIBUTES.values()] for w in windows])
             directions = find(self.encode_windows(windows), values, list(ATTRIBUTES))
             save_directions(directions, path, weights)
-        return directions
+        return replace(directions, change_mode=partial(change_mode, self))
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
