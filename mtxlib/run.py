@@ -7,6 +7,8 @@ has been, when its corpus was made.
 
 from __future__ import annotations  # symusic.Score is no class: `Path | Score` cannot be evaluated
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from .judge import closes, voices_of
 from .model import MusicVAE
 from .prior import KEYS, RowPrior, fit, lay, lines_of, load_prior, save_prior
 from .tokens import Codec, bar_starts, chain, cut, join, load_tokenizer, tokenize, window_bars
-from .walk import ATTRIBUTES, Directions, find, load_directions, save_directions
+from .walk import ATTRIBUTES, Directions, change_mode, find, load_directions, save_directions
 
 Music = "str | Path | Piece | Score"
 BATCH = 128  # windows encoded or decoded at once
@@ -279,7 +281,8 @@ class Run:
 
     def directions(self) -> Directions:
         """Where the latent changes the attributes of the music: found on the training split, and kept in the run's
-        folder. Raises ValueError where windows do not all have the same latent rows."""
+        folder; the mode is changed by this run's own coding (`walk.change_mode`). Raises ValueError where
+        windows do not all have the same latent rows."""
         if self.config.model.bottleneck not in ("rows", "linear1d"):
             raise ValueError("bottleneck: expected rows or linear1d, whose latents all have one shape, got "
                              f"{self.config.model.bottleneck!r}")
@@ -290,7 +293,7 @@ class Run:
             values = np.array([[attribute(w) for attribute in ATTRIBUTES.values()] for w in windows])
             directions = find(self.encode_windows(windows), values, list(ATTRIBUTES))
             save_directions(directions, path, weights)
-        return directions
+        return replace(directions, change_mode=partial(change_mode, self))
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 

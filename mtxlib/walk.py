@@ -21,7 +21,7 @@ from symusic import Note, Score, Track
 from torch import Tensor
 
 from .config import PAD
-from .corpus import GRID, TPQ, VELOCITY, key_fits
+from .corpus import GRID, KEYS, TPQ, VELOCITY, key_fits, key_of
 from .diagnose import note_counts
 from .files import atomic
 from .generate import mix, slerp
@@ -31,6 +31,7 @@ from .tokens import bar_starts
 
 DISSONANT = (1, 2, 6)  # interval classes: seconds, sevenths and the tritone, the dissonant ones of Huron 1994
 MAJOR_SCALE = (0, 2, 4, 5, 7, 9, 11)  # semitones above the tonic
+PARALLEL = {"major": {4: -1, 9: -1}, "minor": {3: 1, 8: 1, 10: 1}}  # what to add to a degree to change the mode
 POSITIONS = (-3, -2, -1, 0, 1, 2, 3)  # of a slider, see `Directions.move`
 
 
@@ -101,25 +102,56 @@ class Directions:
     names: list[str]
     vectors: Tensor  # (A, S, C)
     sd: Tensor  # (A,) standard deviations of the attributes over the training split
+    change_mode: Callable[[Tensor, float], Tensor] | None = None  # what moves "major", in place of its vector
 
     def move(self, z: Tensor, amounts: dict[str, float]) -> Tensor:
         """Latents (S, C) or (N, S, C), moved by `amounts`, sensibly -3 to 3, and brought back to the length they had.
 
         One unit is a third of the length of a latent; the attribute of the decoded music follows by half a standard
-        deviation to one (`responses` measures it). Three units turn a latent by 45 degrees. Raises ValueError for a
-        name that is no attribute and for latents of another shape.
+        deviation to one (`responses` measures it). Three units turn a latent by 45 degrees. `major` is moved first, by
+        `change_mode` where there is one: three units are all the way to the parallel mode. Raises ValueError for a name
+        that is no attribute and for latents of another shape.
         """
         unknown = sorted(set(amounts) - set(self.names))
         if unknown or z.shape[-2:] != self.vectors.shape[1:]:
             raise ValueError(f"expected amounts of {', '.join(self.names)} and latents of "
                              f"{' x '.join(map(str, self.vectors.shape[1:]))}, got {unknown or tuple(z.shape)}")
-        moved = z + sum(amount * self.vectors[self.names.index(name)] for name, amount in amounts.items())
+        moved, amounts = z, dict(amounts)
+        if self.change_mode and amounts.get("major"):
+            moved = self.change_mode(z, amounts.pop("major"))
+        moved = moved + sum(amount * self.vectors[self.names.index(name)] for name, amount in amounts.items())
         return moved * norm(z) / norm(moved).clamp(min=1e-12)
 
 
 def norm(z: Tensor) -> Tensor:
     """Lengths of latents (..., S, C) as vectors, (..., 1, 1)."""
     return z.square().sum((-2, -1), keepdim=True).sqrt()
+
+
+def parallel(score: Score) -> Score:
+    """The music in the parallel mode of its key: in major the third and the sixth are lowered, in minor these and the
+    seventh raised, where they are minor. The leading tone stays, as in harmonic minor; so does music without a key."""
+    changed, (tonic, mode) = score.copy(), (key_of(score) or "C ").split(" ")
+    for note in (note for track in changed.tracks if mode and not track.is_drum for note in track.notes):
+        note.pitch += PARALLEL[mode].get((note.pitch - KEYS[mode][0].split().index(tonic)) % 12, 0)
+    return changed
+
+
+def change_mode(run, z: Tensor, amount: float) -> Tensor:
+    """Latents (S, C) or (N, S, C), turned towards major (amount up to 3) or minor (down to -3); what is there already
+    stays.
+
+    Which notes are to change depends on the tonic, so no one direction does it. This one is each window's own: from its
+    latent to that of what it decodes to, greedily, in the parallel mode. `slerp` changes the music half-way, all at
+    once, so the way is gone by the square root of the amount, and half of it is passed before the first unit.
+    """
+    windows = z.reshape(-1, *z.shape[-2:])
+    scores = run.decode(windows)
+    others = run.encode_windows([parallel(score) for score in scores])
+    alpha = min(1.0, abs(amount) / 3) ** 0.5
+    turned = [slerp(a, b, alpha) if major(score) * amount < 0 else a
+              for a, b, score in zip(windows, others, scores, strict=True)]
+    return torch.stack(turned).view_as(z)
 
 
 def find(z: Tensor, values: np.ndarray, names: list[str]) -> Directions:

@@ -122,6 +122,47 @@ def test_moving_turns_a_latent_and_keeps_its_length():
         directions.move(z[:, :2], {"a": 1.0})
 
 
+def test_the_parallel_mode_keeps_the_tonic_and_the_leading_tone():
+    def line(*scale):
+        return score_of([(i, 3 if step in (0, 3, 4, 7) else 1, 62 + step) for i, step in enumerate(scale)])
+
+    def steps(score):
+        return [note.pitch - 62 for track in score.tracks for note in track.notes]
+    in_major, in_minor = (0, 2, 4, 5, 7, 9, 11, 12, 0, 7), (0, 2, 3, 5, 7, 8, 11, 12, 0, 7)
+    original = line(*in_major)
+    assert tuple(steps(walk.parallel(original))) == in_minor and tuple(steps(original)) == in_major
+    assert tuple(steps(walk.parallel(walk.parallel(original)))) == in_major
+    assert steps(walk.parallel(line(0, 2, 3, 5, 7, 8, 10, 12, 0, 7)))[6] == 11
+    assert steps(walk.parallel(score_of([]))) == []
+
+
+def test_the_mode_turns_towards_the_other_one_alone(monkeypatch):
+    latents = torch.nn.functional.normalize(torch.randn(3, 4, 3).flatten(1)).unflatten(1, (4, 3))
+    modes = [1.0, -1.0, np.nan]
+    monkeypatch.setattr(walk, "parallel", lambda score: score)
+    monkeypatch.setattr(walk, "major", lambda score: modes[score])
+    monkeypatch.setattr(walk, "slerp", lambda a, b, alpha: (1 - alpha) * a + alpha * b)
+
+    class Coder:
+        decode = staticmethod(lambda z: range(len(z)))
+        encode_windows = staticmethod(lambda scores: -latents[[1, 2, 0]])
+    others = -latents[[1, 2, 0]]
+    turned = walk.change_mode(Coder, latents, -3.0)
+    torch.testing.assert_close(turned, torch.stack([others[0], latents[1], latents[2]]))
+    turned = walk.change_mode(Coder, latents, 0.75)
+    torch.testing.assert_close(turned, torch.stack([latents[0], (latents[1] + others[1]) / 2, latents[2]]))
+
+
+def test_major_is_moved_by_the_change_of_mode():
+    directions = Directions(["major", "b"], torch.randn(2, 4, 3), torch.ones(2), lambda z, amount: z.flip(-1) * amount)
+    z, amounts = torch.randn(5, 4, 3), {"major": 2.0, "b": 1.0}
+    whither = 2 * z.flip(-1) + directions.vectors[1]
+    expected = whither * walk.norm(z) / walk.norm(whither)
+    torch.testing.assert_close(directions.move(z, amounts), expected)
+    assert amounts == {"major": 2.0, "b": 1.0}
+    torch.testing.assert_close(directions.move(z, {"major": 0.0}), z)
+
+
 def test_directions_are_kept_with_the_weights_they_belong_to(tmp_path):
     weights, path = tmp_path / "model.safetensors", tmp_path / "directions.safetensors"
     weights.write_bytes(b"weights")
