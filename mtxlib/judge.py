@@ -88,13 +88,14 @@ def notes_of(score: Score, voices: list[int]) -> np.ndarray:
     return np.array(sorted(notes), dtype=int).reshape(-1, 4)
 
 
-def grid(score: Score, voices: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The pitch that sounds, 0 for none, and whether it begins there: (V, T) each."""
+def grid(score: Score, voices: list[int], steps: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The pitch that sounds, 0 for none, and whether it begins there: (V, T) each, of the first `steps` sixteenths, or
+    to the end of the last note."""
     notes = notes_of(score, voices)
-    pitch = np.zeros((len(voices), (notes[:, 1] + notes[:, 2]).max(initial=0)), int)
-    begins = np.zeros(pitch.shape, bool)
+    steps = (notes[:, 1] + notes[:, 2]).max(initial=0) if steps is None else steps
+    pitch, begins = np.zeros((len(voices), steps), int), np.zeros((len(voices), steps), bool)
     for voice, onset, length, p in notes:
-        pitch[voice, onset:onset + length], begins[voice, onset] = p, True
+        pitch[voice, onset:onset + length], begins[voice, onset:onset + 1] = p, True
     return pitch, begins
 
 

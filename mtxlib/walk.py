@@ -25,6 +25,7 @@ from .corpus import GRID, KEYS, TPQ, VELOCITY, key_fits, key_of
 from .diagnose import note_counts
 from .files import atomic
 from .generate import mix, slerp
+from .judge import grid
 from .losses import kl_per_dim, reconstruction
 from .prior import digest
 from .tokens import bar_starts
@@ -37,24 +38,13 @@ POSITIONS = (-3, -2, -1, 0, 1, 2, 3)  # of a slider, see `Directions.move`
 
 # -- attributes of a window -------------------------------------------------------------------------------------------
 
-def grid(score: Score, voices: list[int], steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pitch that sounds in the voices of these programs, 0 for none, and whether it begins there: (V, T) each, for
-    the first `steps` sixteenths."""
-    pitch, begins = np.zeros((len(voices), steps), int), np.zeros((len(voices), steps), bool)
-    notes = [(voices.index(t.program), *(time * 4 // score.tpq for time in (n.start, n.end)), n.pitch)
-             for t in score.tracks if not t.is_drum and t.program in voices for n in t.notes]
-    for voice, onset, end, p in sorted(notes):
-        pitch[voice, onset:end], begins[voice, onset:onset + 1] = p, True
-    return pitch, begins
-
-
 def voices_of(*scores: Score) -> list[int]:
     """Programs of the tracks but drums, in the order of the tracks, which is that of the tokens."""
     return list(dict.fromkeys(t.program for score in scores for t in score.tracks if not t.is_drum))
 
 
 def sounding(score: Score) -> np.ndarray:
-    return grid(score, voices_of(score), score.end() * 4 // score.tpq)[0]
+    return grid(score, voices_of(score))[0]
 
 
 def note_density(score: Score) -> float:
