@@ -29,7 +29,7 @@ from .walk import ATTRIBUTES
 
 STEPS = 21  # positions of the slider from A to B
 TOP_P = 0.95  # where the temperature is not 0
-REACH, FINE = 3.0, 0.25  # of the sliders of attributes, in standard deviations
+REACH, FINE = 3.0, 0.25  # of the sliders of attributes, see `walk.Directions.move`
 ROW = Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 16px")
 WIDE = 13.6, 3  # inches of a picture
 STYLE = """<style>.mtx audio {height: 36px; width: 320px; display: block}
@@ -260,7 +260,7 @@ class Morph(Studio):
 
 
 class Steer(Studio):
-    """One window with a slider an attribute, in standard deviations of the training split."""
+    """One window with a slider an attribute."""
 
     def __init__(self, run: Run, pieces: list[Piece]):
         super().__init__(run)
@@ -271,7 +271,7 @@ class Steer(Studio):
                       for name in self.directions.names}
         self.measured = {name: widgets.Label() for name in self.directions.names}
         rows = [w for name in self.dials for w in (widgets.Label(name), self.dials[name], self.measured[name])]
-        rows += [button("Reset", "undo", self.reset), widgets.Label("in standard deviations of the training split"),
+        rows += [button("Reset", "undo", self.reset), widgets.Label("less  ←  as it is  →  more"),
                  widgets.Label("as it was → as it is")]
         table = widgets.GridBox(rows, layout=Layout(grid_template_columns="110px 380px auto", align_items="center",
                                                     grid_gap="2px 16px"))

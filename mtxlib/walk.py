@@ -211,7 +211,7 @@ def sixteenths(run, a: Score, b: Score) -> int:
 
 def crossfade(a: Score, b: Score, alpha: float, draws: np.ndarray) -> Score:
     """Between two windows without a latent: each sixteenth, in all voices, is b's with probability alpha and else a's:
-    the baseline of MusicVAE (Roberts 2018, section 5.3). draws (T,): numbers in [0, 1) that decide it; as they are the
+    the baseline of MusicVAE (Roberts 2018). draws (T,): numbers in [0, 1) that decide it; as they are the
     same for every alpha, what has become b's stays b's."""
     voices = voices_of(a, b)
     pitch, begins = (np.where(draws < alpha, y, x) for x, y in
