@@ -435,18 +435,18 @@ def sweep_command(args: argparse.Namespace) -> int:
 
 
 def reconstruct_command(args: argparse.Namespace) -> int:
-    from mtxlib.diagnose import note_counts  # torch takes seconds to import, and `mtx` has to refuse at once
-    from mtxlib.run import load_run
+    from mtxlib.run import load_run  # torch takes seconds to import, and `mtx` has to refuse at once
     from mtxlib.show import save
+    from mtxlib.walk import note_f1
 
     if args.out.suffix not in (".mid", ".midi", ".musicxml"):
         raise ValueError(f"{args.out}: expected a name that ends in .mid or .musicxml")
     run = load_run(args.run)
     again = run.reconstruct(args.file, args.temperature)
     save(again, args.out)
-    given, found = note_counts(run.score(args.file)), note_counts(again)
-    f1 = 2 * (given & found).total() / max(1, given.total() + found.total())
-    print(f"{args.out}: {found.total()} notes, {given.total()} in {args.file}; note-F1 {f1:.3f}")
+    given = run.score(args.file)
+    print(f"{args.out}: {again.note_num()} notes, {given.note_num()} in {args.file}; "
+          f"note-F1 {note_f1(given, again):.3f}")
     return 0
 
 
