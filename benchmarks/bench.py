@@ -46,14 +46,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mtxlib.config import BOS, EOS, MASK, N_SPECIAL, PAD, Config, ModelConfig
-from mtxlib.corpus import Piece, load_corpus
-from mtxlib.data import Grammar, SlotTable, TokenDropout, TokenStore
+from mtxlib.data.store import Grammar, SlotTable, TokenDropout, TokenStore
+from mtxlib.data.tokens import build_store
 from mtxlib.files import atomic_text
-from mtxlib.generate import decode, prior_latents
-from mtxlib.model import MusicVAE
+from mtxlib.latent.decode import decode, prior_latents
+from mtxlib.model.optim import autocast_for
+from mtxlib.model.train import Trainer
+from mtxlib.model.vae import MusicVAE
+from mtxlib.music.corpus import Piece, load_corpus
 from mtxlib.run import load_run
-from mtxlib.tokens import build_store
-from mtxlib.train import Trainer, autocast_for
 
 # Dense bf16 TFLOP/s of a GPU whose name holds the key, the first that fits: NVIDIA's data sheets, whose figures "with
 # sparsity" are twice as much.
@@ -373,7 +374,7 @@ FIRST_SOUND = """
 import time
 began = time.perf_counter()
 import json, pickle, sys
-from mtxlib.morph import Morph
+from mtxlib.book.widgets import Morph
 from mtxlib.run import load_run
 folder, pieces = pickle.load(sys.stdin.buffer)
 widget = Morph(load_run(folder), pieces)

@@ -18,9 +18,9 @@ SETTINGS = '{"source": "folder", "archive": %r, "data_dir": %r, "hop": 4, "steps
 PIECES = 'pieces = load_corpus("folder", c.data.data_dir, archive=c.data.archive)\n'
 STAGES = {
     "corpus": PIECES,
-    "tokens": PIECES + "from mtxlib.tokens import build_store\nstore = build_store(c, pieces)\n"
+    "tokens": PIECES + "from mtxlib.data.tokens import build_store\nstore = build_store(c, pieces)\n"
               "print(len(store), 'windows', int(store.offsets[-1]), 'tokens')",
-    "training": PIECES + "from mtxlib.tokens import store_folder\nfrom mtxlib.train import train\n"
+    "training": PIECES + "from mtxlib.data.tokens import store_folder\nfrom mtxlib.model.train import train\n"
                 "folder = store_folder(c, pieces)\n"
                 "del pieces\ntrain(c.replace(store=str(folder)), sys.argv[1], 'cpu')"}
 
@@ -46,7 +46,7 @@ def main(folder: Path, data_dir: Path, numbers: list[int]) -> None:
         for file in sorted(folder.rglob("*.mid"))[:n]:
             if not (part / file.name).exists():
                 (part / file.name).hardlink_to(file)
-        head = ("import sys\nfrom mtxlib.config import Config\nfrom mtxlib.corpus import load_corpus\n"
+        head = ("import sys\nfrom mtxlib.config import Config\nfrom mtxlib.music.corpus import load_corpus\n"
                 f"c = Config.from_flat({SETTINGS % (str(part), str(data_dir / 'data'))})\n")
         for name, code in STAGES.items():
             seconds, cpu, gigabytes = measure(head + code, str(data_dir / f"run{n}"))

@@ -13,7 +13,8 @@ from music21 import converter, corpus
 from symusic import Note, Score, TimeSignature, Track
 from tqdm.auto import tqdm
 
-from mtxlib.corpus import TPQ, tied
+from mtxlib.music.readers import tied
+from mtxlib.music.score import TPQ
 
 TUNES = 400
 

@@ -144,9 +144,7 @@ class Config:
 PAD, BOS, EOS, MASK = 0, 1, 2, 3  # ids of the special tokens, the same in every tokenizer
 N_SPECIAL = 4
 SLOTS_PER_BAR = 16  # sixteenths, the grid on which tokens are placed
-
 PARTS = (DataConfig, ModelConfig, TrainConfig)
-
 CHOICES = {
     "tokenizer": ("REMI", "TSD", "MMM"),
     "bottleneck": ("conv", "linear1d", "linear2d", "rows", "none"),

@@ -1,6 +1,7 @@
 """Atomic writes: what a file held before is there until what comes after is whole; lines added to a log; errors
 in a few words."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -48,3 +49,7 @@ def append(path: str | Path, lines: Iterable[str]) -> None:
 def brief(e: BaseException) -> str:
     """The kind and the first words of an error, on one line."""
     return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

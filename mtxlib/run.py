@@ -1,6 +1,6 @@
 """`load_run(folder)`: a trained run as one object, on CPU or GPU. What notebooks, scripts and widgets use.
 
-Music goes in as paths, `symusic.Score`s or the `corpus.Piece`s of `Run.pieces`, and comes out as scores; latents are
+Music goes in as paths, `symusic.Score`s or the `Piece`s of `Run.pieces`, and comes out as scores; latents are
 float32 tensors (N, S, C) on the CPU. A path is read in a process of its own, for who knows what is in the file; a piece
 has been, when its corpus was made.
 """
@@ -18,16 +18,20 @@ from safetensors.torch import load_model
 from symusic import Score
 from torch import Tensor
 
-from .config import BOS, Config
-from .corpus import Piece, key_of, load_corpus, normalise, read_safely
-from .data import Windows
-from .diagnose import diagnose
-from .generate import decode, mix, prior_latents, slerp
-from .judge import closes, voices_of
-from .model import MusicVAE
-from .prior import KEYS, RowPrior, fit, lay, lines_of, load_prior, save_prior
-from .tokens import Codec, bar_starts, chain, cut, join, load_tokenizer, tokenize, window_bars
-from .walk import ATTRIBUTES, Directions, change_mode, find, load_directions, save_directions
+from mtxlib.config import BOS, Config
+from mtxlib.data.store import Windows
+from mtxlib.data.tokens import Codec, load_tokenizer, tokenize
+from mtxlib.latent.attributes import Directions, change_mode, find, load_directions, save_directions
+from mtxlib.latent.compose import lay, lines_of
+from mtxlib.latent.decode import decode, prior_latents
+from mtxlib.latent.diagnose import diagnose
+from mtxlib.latent.interpolate import mix, slerp
+from mtxlib.model.prior import RowPrior, fit, load_prior, save_prior
+from mtxlib.model.vae import MusicVAE
+from mtxlib.music.corpus import Piece, load_corpus
+from mtxlib.music.metrics import ATTRIBUTES, closes
+from mtxlib.music.readers import read_safely
+from mtxlib.music.score import KEY_NAMES, bar_starts, chain, cut, join, key_of, normalise, voices_of, window_bars
 
 Music = "str | Path | Piece | Score"
 BATCH = 128  # windows encoded or decoded at once
@@ -206,8 +210,8 @@ class Run:
         With a learned prior (see `fit_prior`) the rows of a whole piece are drawn at `temperature` one after the other,
         by a model that knows how many bars are left; each window is then decoded greedily as the continuation of the
         last bar of the one before. A piece opens with the music of `prompt`, is in `key` ("a minor"; the prompt's, or
-        any, if None) and, with `cadence`, ends as those pieces did that `judge.closes` finds closed; of ENDINGS last
-        bars the first is taken that closes by the same measure.
+        any, if None) and, with `cadence`, ends as those pieces did that `music.metrics.closes` finds closed; of
+        ENDINGS last bars the first is taken that closes by the same measure.
 
         Without one, or not `learned`, windows drawn from N(0, 1), decoded at `temperature` and `top_p`, are laid end to
         end.
@@ -222,15 +226,16 @@ class Run:
             spans = [(0, min(self.n_bars, bars - bar)) for bar in range(0, bars, self.n_bars)]
             windows = self.sample(n * len(spans), seed, temperature, top_p)
             return [chain(windows[i::n], spans) for i in range(n)]
-        if key not in (None, *KEYS[:-1]):
-            raise ValueError(f"key: expected one of {', '.join(KEYS[:-1])}, got {key!r}")
+        if key not in (None, *KEY_NAMES[:-1]):
+            raise ValueError(f"key: expected one of {', '.join(KEY_NAMES[:-1])}, got {key!r}")
         opening = self.score(prompt) if prompt is not None else None
         done = len(bar_starts(opening)) - 1 if opening else 0
         if done >= bars:
             raise ValueError(f"bars: expected more than the {done} bars of the prompt, got {bars}")
         per_bar, total, endings = self.prior.rows_per_bar, max(bars, self.n_bars), ENDINGS if cadence else 1
+        wanted = key or (opening and key_of(opening))
         z = self.prior.sample(n, bars * per_bar, temperature, seed, opening and self.line(opening),
-                              key or (opening and key_of(opening)), cadence, endings)
+                              None if wanted is None else KEY_NAMES.index(wanted), cadence, endings)
         z = torch.nn.functional.pad(z, (0, 0, 0, (total - bars) * per_bar))
         pieces, spans = [[opening] * (done > 0) for _ in range(n)], [(0, done)] * (done > 0)
         while done < bars:
@@ -281,7 +286,7 @@ class Run:
 
     def directions(self) -> Directions:
         """Where the latent changes the attributes of the music: found on the training split, and kept in the run's
-        folder; the mode is changed by this run's own coding (`walk.change_mode`). Raises ValueError where
+        folder; the mode is changed by this run's own coding (`latent.attributes.change_mode`). Raises ValueError where
         windows do not all have the same latent rows."""
         if self.config.model.bottleneck not in ("rows", "linear1d"):
             raise ValueError("bottleneck: expected rows or linear1d, whose latents all have one shape, got "
@@ -306,6 +311,6 @@ class Run:
         return [p for p in pieces if p.split == split]
 
     def diagnose(self, pieces: str | list[Piece] = "test", floor: float | None = None) -> dict:
-        """The keys of diagnosis.json over a split of the run's source, or over pieces; see `mtxlib.diagnose`."""
+        """The keys of diagnosis.json over a split of the run's source, or over pieces; see `mtxlib.latent.diagnose`."""
         pieces = self.pieces(pieces) if isinstance(pieces, str) else pieces
         return diagnose(self.model, self.codec, tokenize(self.codec, pieces), self.config, floor=floor)

@@ -9,7 +9,7 @@ import torch
 from symusic import Note, Score, TimeSignature, Track
 
 from mtxlib.config import Config
-from mtxlib.corpus import load_corpus
+from mtxlib.music.corpus import load_corpus
 
 torch.set_num_threads(1)
 
@@ -69,7 +69,7 @@ def pieces(config):
 
 @pytest.fixture(scope="session")
 def store(config, pieces):
-    from mtxlib.tokens import build_store
+    from mtxlib.data.tokens import build_store
 
     return build_store(config, pieces)
 
@@ -83,7 +83,7 @@ def run_config(config, store):
 @pytest.fixture(scope="session")
 def run_dir(run_config, store, tmp_path_factory):
     """A run of twelve steps. Tests must not write into it."""
-    from mtxlib.train import train
+    from mtxlib.model.train import train
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     train(run_config, folder, "cpu")

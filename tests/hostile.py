@@ -110,7 +110,7 @@ def main(n: int, archive: str = "") -> None:
     from pathlib import Path
 
     import mtxlib
-    from mtxlib.corpus import read_apart, read_safely
+    from mtxlib.music.readers import read_apart, read_safely
 
     real = []
     if archive:

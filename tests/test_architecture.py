@@ -1,4 +1,4 @@
-"""A file of mtxlib imports only from lower floors, and the training core runs where only torch is installed."""
+"""Imports run one way, between the wings and inside each, and the training core runs where only torch is installed."""
 
 import ast
 import subprocess
@@ -9,21 +9,21 @@ import pytest
 
 import mtxlib
 
-FLOORS = (
-    ("cluster", "config", "files", "layers", "losses", "processes"),
-    ("corpus", "data", "model"),
-    ("tokens", "generate", "measure"),
-    ("diagnose", "judge", "show", "train"),
-    ("prior",),
-    ("walk",),
-    ("run",),
-    ("morph", "workbook"),
+ORDER = (  # a file imports only from those above it
+    "files", "config", "processes",
+    "music.score", "music.readers", "music.corpus", "music.metrics", "music.notation", "music.display",
+    "data.store", "data.tokens",
+    "model.layers", "model.vae", "model.losses", "model.likelihood", "model.optim", "model.prior", "model.train",
+    "train",
+    "latent.decode", "latent.interpolate", "latent.compose", "latent.attributes", "latent.diagnose",
+    "run",
+    "book.notebooks", "book.cluster", "book.sweep", "book.widgets", "book.cli",
 )
-FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-CORE = ("config", "files", "layers", "losses", "data", "model", "measure", "train")
+CORE = ("files", "config", "data.store", *(name for name in ORDER if name.startswith("model.")), "train")
 CORE_MAY_IMPORT = {"mtxlib", "torch", "numpy", "safetensors", "tqdm", *sys.stdlib_module_names}
-LAZY = {("train", "wandb")}  # imported inside a function, and only if asked for
-FILES = sorted(Path(mtxlib.__file__).parent.glob("*.py"))
+LAZY = {("model.train", "wandb")}  # imported inside a function, and only if asked for
+MTXLIB = Path(mtxlib.__file__).parent
+FILES = {".".join(file.relative_to(MTXLIB).with_suffix("").parts): file for file in sorted(MTXLIB.rglob("*.py"))}
 
 
 def imported(file: Path) -> list[tuple[str, bool]]:
@@ -42,32 +42,46 @@ def imported(file: Path) -> list[tuple[str, bool]]:
     return found
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_imports_only_from_lower_floors(file):
-    if file.stem == "__init__":
-        assert not [name for name, is_top in imported(file) if is_top and name.startswith("mtxlib")]
+def ours(name: str) -> str:
+    """The file of mtxlib that a dotted name lies in, as ORDER calls it; "" for all else."""
+    inside = name.removeprefix("mtxlib.")
+    return next((file for file in ORDER if f"{inside}.".startswith(f"{file}.")), "") if inside != name else ""
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_run_one_way(name):
+    if name.endswith("__init__"):
+        assert not [target for target, is_top in imported(FILES[name]) if is_top and target.startswith("mtxlib")]
         return
-    assert file.stem in FLOOR, f"give {file.stem} a floor in DESIGN and here"
-    for name, _ in imported(file):
-        target = name.split(".")[1] if name.startswith("mtxlib.") else None
-        if target in FLOOR:
-            assert FLOOR[target] < FLOOR[file.stem], f"{file.stem} imports {target}, which is no lower"
+    assert name in ORDER, f"give {name} its place here"
+    for target, _ in imported(FILES[name]):
+        if ours(target):
+            assert ORDER.index(ours(target)) < ORDER.index(name), f"{name} imports {target}, which comes after it"
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.stem in CORE], ids=lambda file: file.stem)
-def test_core_imports_little(file):
-    for name, is_top in imported(file):
-        package = name.split(".")[0]
-        is_lazy = (file.stem, package) in LAZY and not is_top
-        assert package in CORE_MAY_IMPORT or is_lazy, f"{file.stem} imports {name}"
-        if package == "mtxlib" and name.split(".")[1] in FLOOR:
-            assert name.split(".")[1] in CORE, f"{file.stem} imports {name}"
+@pytest.mark.parametrize("name", CORE)
+def test_core_imports_little(name):
+    for target, is_top in imported(FILES[name]):
+        package = target.split(".")[0]
+        is_lazy = (name, package) in LAZY and not is_top
+        assert package in CORE_MAY_IMPORT or is_lazy, f"{name} imports {target}"
+        if ours(target):
+            assert ours(target) in CORE, f"{name} imports {target}"
 
 
 def test_importing_the_core_loads_no_music_and_no_notebooks():
-    core = ", ".join(f"mtxlib.{file.stem}" for file in FILES if file.stem in CORE)
-    code = f"import sys, {core}; print(*sys.modules)"
+    code = f"import sys, {', '.join(f'mtxlib.{name}' for name in CORE)}; print(*sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(answer.stdout.split())
     assert "mtxlib.config" in loaded
     assert not loaded & {"miditok", "symusic", "music21", "wandb", "IPython", "ipywidgets", "pandas", "matplotlib"}
+
+
+def test_the_house_stays_small():
+    count = {name: len(file.read_text().splitlines()) for name, file in FILES.items()}
+    functions = {f"{name}.{node.name}": node.end_lineno - node.lineno + 1 for name, file in FILES.items()
+                 for node in ast.walk(ast.parse(file.read_text()))
+                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    assert sum(count.values()) <= 5400
+    assert max(count.values()) <= 450, max(count, key=count.get)
+    assert max(functions.values()) <= 60, max(functions, key=functions.get)

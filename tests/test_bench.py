@@ -21,9 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtxlib.config import BOS, EOS, MASK, PAD, Config
-from mtxlib.data import TokenDropout
-from mtxlib.generate import decode, prior_latents
-from mtxlib.model import MusicVAE
+from mtxlib.data.store import TokenDropout
+from mtxlib.latent.decode import decode, prior_latents
+from mtxlib.model.vae import MusicVAE
 
 
 @pytest.mark.parametrize("n_tokens", [5, 40])

@@ -10,11 +10,12 @@ import pytest
 import torch
 from symusic import Note, Score, TimeSignature, Track
 
-from mtxlib.corpus import key_of, load_corpus
-from mtxlib.data import pad_sequences
-from mtxlib.prior import lines_of, rates
+from mtxlib.data.store import pad_sequences
+from mtxlib.latent.compose import lines_of
+from mtxlib.model.prior import rates
+from mtxlib.music.corpus import load_corpus
+from mtxlib.music.score import bar_starts, key_of
 from mtxlib.run import load_run
-from mtxlib.tokens import bar_starts
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "outputs" / "reference"

@@ -15,13 +15,14 @@ import torch
 from hostile import KINDS, hostile
 from safetensors.torch import save_file
 
-from mtxlib import tokens
-from mtxlib.corpus import load_corpus, read_safely
-from mtxlib.data import TokenStore
-from mtxlib.prior import digest
+from mtxlib.data import tokens
+from mtxlib.data.store import TokenStore
+from mtxlib.data.tokens import build_store, store_folder
+from mtxlib.files import digest
+from mtxlib.model.train import Trainer, save_weights, train, write_lines
+from mtxlib.music.corpus import load_corpus
+from mtxlib.music.readers import read_safely
 from mtxlib.run import load_run
-from mtxlib.tokens import build_store, store_folder
-from mtxlib.train import Trainer, save_weights, train, write_lines
 
 # -- hostile MIDI ---------------------------------------------------------------------------------------------------
 

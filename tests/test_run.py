@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from symusic import Note, Score, Track
 
 import mtxlib
-from mtxlib.generate import prior_latents, slerp
-from mtxlib.model import MusicVAE
+from mtxlib.data.tokens import make_tokenizer
+from mtxlib.latent.decode import prior_latents
+from mtxlib.latent.interpolate import slerp
+from mtxlib.model.train import save_weights
+from mtxlib.model.vae import MusicVAE
+from mtxlib.music.score import bar_starts, cut, window_bars
 from mtxlib.run import Run, load_run
-from mtxlib.tokens import bar_starts, cut, make_tokenizer, window_bars
-from mtxlib.train import save_weights
 
 VOICES = {52, 53, 54, 42}
 

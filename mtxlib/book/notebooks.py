@@ -1,0 +1,241 @@
+"""The numbered notebooks, run in order through papermill.
+
+What papermill leaves open is settled here. It only warns about a misspelt parameter: `mtx` refuses it before anything
+runs. It has no resume: `<out>/.done/<notebook>.json` holds a digest of the notebook's code, its parameters and the done
+files before it, so a notebook is repeated when any of these changed, and everything after it too. It takes whichever
+`python3` kernel is registered first: here the kernel is always the Python that runs `mtx`.
+"""
+
+import ast
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from traitlets import Float, default
+
+from mtxlib import ROOT
+from mtxlib.config import Config, flat_names, nearest, preset_values
+from mtxlib.files import atomic_text
+
+NOTEBOOKS = ROOT / "notebooks"
+KERNEL_OPTIONS = [
+    "--IPKernelApp.log_level=CRITICAL",  # or it says at each start that it listens, and at some ends that it stopped
+    # a bar of tqdm.auto is text, which a terminal and a reader of the executed copy can see, and no widget
+    "--IPKernelApp.exec_lines=import sys; sys.modules['tqdm.notebook'] = None",
+]
+NOT_BY_DEFAULT = "07"  # 07_sweep reads the runs of a sweep
+SET_BY = {"preset": "--preset", "run_dir": "--out"}
+FIGURES = {  # the keys of diagnosis.json that the tables show, with their units
+    "verdict": "", "delta_nll_shuffled": "nats per token", "active_units": "share of latent dimensions",
+    "rate_nats": "nats per window", "recon_nats": "nats per window", "recon_per_token": "nats per token",
+    "note_f1": "greedy, from z alone",
+    "prior_wellformed": "share of prior samples", "n_windows": "windows judged",
+}
+
+
+class NotebookFailed(RuntimeError):
+    """A cell raised or the kernel died; the message says where, why and how to go on."""
+
+
+class NoneRegistered(KernelSpecManager):
+    """Finds no kernel, so that `python3` means sys.executable."""
+
+    @default("kernel_dirs")
+    def _nowhere(self):
+        return []
+
+
+class ThisPython(AsyncKernelManager):
+    shutdown_wait_time = Float(20.0)  # seconds, of which training gets half to save itself at Ctrl-C
+
+    @default("kernel_spec_manager")
+    def _none_registered(self):
+        return NoneRegistered()
+
+
+class Stream(io.TextIOBase):
+    """Shows what a kernel prints: as it is on a terminal; in a log a progress bar gets one line in 15 s."""
+
+    is_fresh, next_bar = True, 0.0
+
+    def write(self, text: str) -> None:
+        if sys.stderr.isatty():  # a new line begins over papermill's own bar; \x1b[K clears what was there
+            sys.stderr.write(("\r" * self.is_fresh + text).replace("\r", "\r\x1b[K"))
+            self.is_fresh = text.endswith("\n")
+            return
+        for line in filter(str.strip, text.split("\n")):
+            if not line.startswith("\r") or time.monotonic() > self.next_bar:
+                self.next_bar = time.monotonic() + 15 if line.startswith("\r") else self.next_bar
+                sys.stderr.write(line.rstrip("\r").rpartition("\r")[2] + "\n")
+
+
+def shown(path: Path) -> str:
+    """Relative to the working directory where it lies inside, so that executed notebooks hold no machine's paths."""
+    return (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path).as_posix()
+
+
+def find_notebooks(folder: Path, names: list[str]) -> list[Path]:
+    """Numbered notebooks in order: all but 07, or those named by a path or by how they start (`05`)."""
+    numbered = sorted(folder.resolve().glob("[0-9][0-9]_*.ipynb"))
+    found = set() if names else {path for path in numbered if not path.name.startswith(NOT_BY_DEFAULT)}
+    for name in names:
+        hits = [Path(name).resolve()] if Path(name).is_file() else [p for p in numbered if p.name.startswith(name)]
+        if len(hits) != 1:
+            raise ValueError(f"expected one notebook for {name!r}, got {', '.join(p.stem for p in hits) or 'none'}"
+                             + nearest(name, [p.stem for p in numbered]))
+        found.update(hits)
+    if not found:
+        raise ValueError(f"expected notebooks such as 01_data.ipynb in {folder}, got none; see --notebooks")
+    return sorted(found, key=lambda path: path.name)
+
+
+def code_cells(notebook: Path) -> list[tuple[str, list[str]]]:
+    """Source and tags of each; read as JSON, since nbformat takes longer to import than `mtx` to refuse a parameter."""
+    return [("".join(cell["source"]), cell["metadata"].get("tags", []))
+            for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def declared(notebook: Path) -> dict[str, object]:
+    """Names and defaults in the cell tagged `parameters`; a default annotated float is one. Raises ValueError.
+
+    Read with ast: papermill's own reader drops a line whose comment holds a second equals sign.
+    """
+    cells = [code for code, tags in code_cells(notebook) if "parameters" in tags]
+    found = {}
+    try:
+        for line in ast.parse(*cells).body:
+            value, kind = ast.literal_eval(line.value), getattr(line, "annotation", None)
+            name = (line.target if kind else line.targets[0]).id
+            found[name] = float(value) if kind and ast.unparse(kind) == "float" else value
+    except (AttributeError, SyntaxError, TypeError, ValueError) as e:
+        raise ValueError(f"{notebook.name}: expected one cell tagged 'parameters', of lines `name: type = literal`, "
+                         f"got {cells}") from e
+    return found
+
+
+def typed(name: str, text: str | list, like: object) -> object:
+    """`text`, as YAML's BaseLoader leaves it (strings and lists of strings), in the type of the default `like`."""
+    with contextlib.suppress(KeyError, ValueError, yaml.YAMLError):
+        if isinstance(like, list) and isinstance(text, str):
+            text = yaml.load(text, yaml.BaseLoader)
+        elif isinstance(text, str):
+            return {"true": True, "false": False}[text.lower()] if isinstance(like, bool) else type(like)(text)
+    if isinstance(like, list) and isinstance(text, list):
+        return [typed(name, item, like[0]) if like else yaml.safe_load(item) for item in text]
+    raise ValueError(f"parameter {name!r}: expected {type(like).__name__}, got {text!r}")
+
+
+def plan(notebooks: list[Path], out: Path, preset: str, given: dict[str, str | list]) -> dict[Path, dict]:
+    """What each notebook is passed: of preset, run_dir, the preset's values and the given ones those that it declares.
+
+    Raises ValueError where no notebook declares a given name, a type is wrong, or the config refuses a value.
+    """
+    names = {path: declared(path) for path in notebooks}
+    likes = {name: like for found in names.values() for name, like in found.items()}
+    for name in given:
+        if name in SET_BY:
+            raise ValueError(f"parameter {name!r} is set by {SET_BY[name]}")
+        if name not in likes:
+            raise ValueError(f"unknown parameter {name!r}: no notebook to be run declares it{nearest(name, likes)}")
+    values = {name: typed(name, text, likes[name]) for name, text in given.items()}
+    Config.from_flat({"preset": preset, **{name: values[name] for name in values if name in flat_names()}})
+    values = {**preset_values(preset), **values, "preset": preset, "run_dir": shown(out)}
+    return {path: {name: values[name] for name in names[path] if name in values} for path in notebooks}
+
+
+def done_file(notebook: Path, out: Path) -> Path:
+    return out / ".done" / f"{notebook.stem}.json"
+
+
+def digest(notebook: Path, passed: dict, out: Path) -> str:
+    """Of all that the result rests on: the code, the parameters, and the done files of the notebooks before it."""
+    code = [code for code, _ in code_cells(notebook)]
+    before = [path.read_text() for path in sorted((out / ".done").glob("*.json")) if path.stem < notebook.stem]
+    return hashlib.sha256(json.dumps([code, passed, before]).encode()).hexdigest()
+
+
+def seconds_done(notebook: Path, passed: dict, out: Path) -> float | None:
+    """How long the finished notebook took; None while it is still to do."""
+    if not (done_file(notebook, out).exists() and (out / notebook.name).exists()):
+        return None
+    record = json.loads(done_file(notebook, out).read_text())
+    return record["seconds"] if record["digest"] == digest(notebook, passed, out) else None
+
+
+def run_notebooks(names: list[str], out: Path, preset: str = "quick", given: dict | None = None,
+                  folder: Path = NOTEBOOKS, force: bool = False) -> None:
+    """Run notebooks in order into `out`, in the folder above theirs; what is done is skipped unless `force`.
+
+    Raises ValueError before anything runs where a name or value is refused, NotebookFailed at the first failure.
+    """
+    notebooks, out = find_notebooks(folder, names), Path(out).resolve()
+    if out in [notebook.parent for notebook in notebooks]:
+        raise ValueError(f"expected a run folder, got {out}: the executed copies would replace the notebooks")
+    with contextlib.chdir(folder.resolve().parent):
+        work = plan(notebooks, out, preset, given or {})
+        (out / ".done").mkdir(parents=True, exist_ok=True)
+        with open(out / ".done" / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # such as the worker that a killed sweep left behind
+                print(f"waiting for another mtx run in {shown(out)}", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if force and any(notebook.stem.startswith("04") for notebook in work):
+                (out / "state.pt").unlink(missing_ok=True)  # or training would only go on from its end
+            for notebook, passed in work.items():
+                seconds = None if force else seconds_done(notebook, passed, out)
+                if seconds is not None:
+                    print(f"{notebook.stem}: done already, {seconds:.0f} s saved; --force repeats it", flush=True)
+                    continue
+                done_file(notebook, out).unlink(missing_ok=True)
+                key, start = digest(notebook, passed, out), time.time()
+                execute(notebook, passed, out / notebook.name)
+                record = {"digest": key, "seconds": time.time() - start, "finished": time.time()}
+                atomic_text(done_file(notebook, out), json.dumps(record))
+                print(f"{notebook.stem:<32}{record['seconds']:6.0f} s", flush=True)
+
+
+def execute(notebook: Path, passed: dict, copy: Path) -> None:
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    go_on = f"As far as it got: {shown(copy)}\nPut it right, then give the same command: what is done is kept."
+    try:
+        papermill.execute_notebook(
+            shown(notebook), shown(copy), passed, kernel_name="python3", language="python",
+            kernel_manager_class=ThisPython, extra_arguments=KERNEL_OPTIONS,
+            progress_bar={"desc": notebook.stem, "leave": False, "disable": not sys.stderr.isatty()},
+            stderr_file=Stream(), coalesce_streams=True)
+    except papermill.PapermillExecutionError as e:
+        trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(e.traceback)).splitlines()
+        lines = [*e.source.splitlines()[:6], "raised:", *trace[-8:]]
+        raise NotebookFailed("\n    ".join([f"{notebook.stem} failed in cell [{e.exec_count}]:", *lines])
+                             + f"\n{go_on}") from None
+    except DeadKernelError as e:
+        raise NotebookFailed(f"{notebook.stem}: the kernel died ({e}). Was it out of memory?\n{go_on}") from None
+
+
+def figures(out: Path) -> dict[str, object]:
+    """The main figures of `out/diagnosis.json`; none where there is no such file."""
+    path = out / "diagnosis.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return {key: found[key] for key in FIGURES if key in found}
+
+
+def report(out: Path) -> str:
+    rows = [(key, f"{f'{value:.3f}' if isinstance(value, float) else value:<10}{FIGURES[key]}")
+            for key, value in figures(out).items()]
+    rows = rows or [("diagnosis", f"none: {shown(out / 'diagnosis.json')} is written by 05_latent_space")]
+    rows += [("notebooks", f"{shown(out)}/*.ipynb ({len(list(out.glob('*.ipynb')))})"),
+             ("MIDI", f"{shown(out)}/samples/*.mid ({len(list(out.glob('samples/*.mid')))})"),
+             ("checkpoint", f"{shown(out)}/model.safetensors" if (out / "model.safetensors").exists() else "none")]
+    return "\n".join(f"{name:<20}{value}".rstrip() for name, value in rows)

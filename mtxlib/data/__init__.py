@@ -1,0 +1,1 @@
+"""Scores as tokens on disk. `tokens` is the one place that knows MidiTok; `store` needs torch and numpy only."""

@@ -1,0 +1,400 @@
+"""MidiTok at work: scores -> windows of whole bars -> ids, and back; fills the token store.
+
+A window holds the notes that *start* in its bars, with their full lengths, so that windows laid end to end are the
+piece again, without loss. Tokenization happens once a piece (TSD, MMM: once a window), in the base vocabulary; the
+other eleven keys are the same ids with the pitches moved. BPE comes last, and its merges never cross a beat: a token
+never belongs to two latent rows.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from importlib.metadata import version
+from itertools import islice, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import miditok
+import numpy as np
+import symusic
+from miditok import MusicTokenizer, TokenizerConfig, TokSequence
+from symusic import Score
+from tqdm.auto import tqdm
+
+from mtxlib.config import BOS, EOS, N_SPECIAL, Config, DataConfig
+from mtxlib.data.store import (
+    ARRAYS,
+    SPLITS,
+    Grammar,
+    SlotTable,
+    TokenStore,
+    Windows,
+    id_type,
+    pad_sequences,
+    write_store,
+)
+from mtxlib.files import atomic, brief
+from mtxlib.music.corpus import Piece
+from mtxlib.music.score import MAX_BEATS, METRES, TEMPO, TPQ, VOICES, bar_starts, cut, window_bars
+from mtxlib.processes import apart, cores
+
+PITCHES = (21, 109)  # the piano's range; the upper end is excluded
+KEYS = range(-5, 7)  # semitones of transposition: each of the twelve keys once
+VERSION = 3  # of what a store holds; raise it when that changes
+SAMPLE = 5000  # windows that BPE learns from, at most
+SHARD = 500  # bars a process tokenizes at once: with twelve keys and hop 1 up to 6,000 windows
+SPACE = "\u2581"  # stands before every beat in the BPE model of MidiTok
+
+
+def make_tokenizer(name: str = "REMI", programs: Iterable[int] = (52, 53, 54, 42)) -> MusicTokenizer:
+    """A MidiTok tokenizer on the grid of sixteenths, without velocities, one stream for all voices.
+
+    name: REMI, TSD or MMM (voices one after the other). programs: MIDI programs to tell apart, -1 for drums.
+    """
+    extra = {"base_tokenizer": "REMI"} if name == "MMM" else {}
+    return getattr(miditok, name)(TokenizerConfig(
+        pitch_range=PITCHES, beat_res={(0, MAX_BEATS): 4}, use_velocities=False, use_programs=True,
+        one_token_stream_for_programs=True, programs=sorted(programs), use_pitchdrum_tokens=-1 in programs,
+        use_time_signatures=True, time_signature_range={unit: list(beats) for unit, beats in METRES.items()},
+        special_tokens=["PAD", "BOS", "EOS", "MASK"], encode_ids_split="beat", **extra))
+
+
+def load_tokenizer(path: str | Path) -> MusicTokenizer:
+    """The tokenizer that `tokenizer.save` wrote; its class is named in the file. Raises ValueError if it is not one."""
+    try:
+        name = json.loads(Path(path).read_text())["tokenization"]
+        if name not in FOLLOWS:
+            raise ValueError(f"tokenization: expected one of {', '.join(FOLLOWS)}, got {name!r}")
+        return getattr(miditok, name)(params=path)
+    except Exception as e:  # MidiTok and tokenizers raise of every kind on a file of another shape
+        raise ValueError(f"{path}: expected a tokenizer saved by MidiTok, got something else ({brief(e)})") from e
+
+
+def base_ids(tokenizer: MusicTokenizer, score: Score) -> np.ndarray:
+    """Ids in the base vocabulary, without BPE and without BOS and EOS."""
+    sequence = tokenizer.encode(score, encode_ids=False)
+    return np.array(sequence.ids if isinstance(sequence, TokSequence) else sequence[0].ids, dtype=np.int64)
+
+
+def window_ids(tokenizer: MusicTokenizer, score: Score, starts: list[int], bars: list[int],
+               n_bars: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(first bar, base ids) of the windows at `bars` that hold a note."""
+    if type(tokenizer).__name__ != "REMI":
+        for bar in bars:
+            window = cut(score, starts, bar, n_bars)
+            if window.note_num():
+                yield bar, base_ids(tokenizer, window)
+        return
+    # In REMI every bar is written as `Bar TimeSig …`, whatever stands around it; a sequence ends with its last note or,
+    # if later, its last change of metre.
+    ids = base_ids(tokenizer, score)
+    is_length = np.isin(ids, [i for name, i in tokenizer.vocab.items() if name.startswith("Duration")])
+    lines = np.flatnonzero(ids == tokenizer.vocab["Bar_None"])
+    bounds = np.append(lines, [len(ids)] * (n_bars + len(starts)))
+    for bar in bars:
+        begin, end = bounds[bar], bounds[bar + n_bars]
+        notes = np.flatnonzero(is_length[begin:end])
+        if len(notes):
+            metres = lines[bar:bar + n_bars] + 1
+            changes = metres[1:][np.diff(ids[metres]) != 0]
+            yield bar, ids[begin:max([begin + notes[-1], *changes[-1:]]) + 1]
+
+
+class Codec:
+    """A tokenizer with what this project adds: BPE of many sequences at once, expansion of ids, slots.
+
+    `names` are the base tokens, `expansion[i]` the base ids that id i stands for.
+    """
+
+    def __init__(self, tokenizer: MusicTokenizer, n_bars: int):
+        self.tokenizer, self.n_bars = tokenizer, n_bars
+        self.names = [name for name, _ in sorted(tokenizer.vocab.items(), key=lambda item: item[1])]
+        self.kinds = np.array([name.split("_")[0] for name in self.names])
+        self.bytes = np.array([tokenizer._vocab_base_id_to_byte[i] for i in range(len(self.names))])
+        self.beats = np.array([beat_of(name) for name in self.names])
+        self.opens = self.kinds != "Position"
+        self.expansion = self._expansion()
+        self.vocab_size = len(self.expansion)
+        self.table = SlotTable([slot_row([self.names[i] for i in ids]) for ids in self.expansion], n_bars)
+        self.grammar = self._grammar()
+        timing = np.isin(self.kinds, TIMING)
+        self.is_structure = np.array([bool(ids) and all(timing[i] for i in ids) for ids in self.expansion])
+
+    def _expansion(self) -> list[list[int]]:
+        if not self.tokenizer.is_trained:
+            return [[i] for i in range(len(self.names))]
+        base = {byte: i for i, byte in enumerate(self.bytes)}
+        learned = sorted(self.tokenizer.vocab_model.items(), key=lambda item: item[1])
+        return [[base[char] for char in text if char != SPACE] for text, _ in learned]
+
+    def _grammar(self) -> Grammar:
+        follows = FOLLOWS[type(self.tokenizer).__name__]
+        kinds = list(follows)
+        kind_of = [kinds.index(kind_name(name)) if kind_name(name) in follows else kinds.index("PAD")
+                   for name in self.names]
+        ends = []
+        for ids in self.expansion:
+            times = [i for i in ids if self.kinds[i] in TIMING]
+            jumps = times and self.kinds[times[0]] == "Position"
+            ends.append([kind_of[ids[0]], kind_of[ids[-1]], int(self.names[times[0]][9:]) if jumps else -1]
+                        if ids else [kinds.index("PAD"), kinds.index("PAD"), -1])
+        may = np.array([[b in follows[a].split() for b in kinds] for a in kinds])
+        return Grammar(ends, may, [kinds.index(k) for k in ("Bar", "TimeSig") if k in kinds], self.table)
+
+    def cuts(self, ids: np.ndarray) -> list[int]:
+        """Where a new beat, bar, voice or time shift begins in base ids: BPE merges stay between two cuts."""
+        beats = self.beats[ids]
+        marks = np.flatnonzero(beats >= 0)
+        beats = beats[marks]
+        is_new = self.opens[ids[marks]]
+        is_new[:1] = True
+        is_new[1:] |= beats[1:] != beats[:-1]
+        return sorted({0, *marks[is_new].tolist(), len(ids)})
+
+    def words(self, ids: np.ndarray) -> list[str]:
+        """Base ids as the text BPE works on, a word a beat."""
+        text = self.bytes[ids].tobytes().decode("utf-32")
+        return [text[a:b] for a, b in pairwise(self.cuts(ids))]
+
+    def learn_bpe(self, sequences: Iterable[np.ndarray], vocab_size: int) -> "Codec":
+        """A codec whose tokenizer has merged frequent neighbours until it has `vocab_size` ids."""
+        if vocab_size <= self.vocab_size:
+            raise ValueError(f"parameter 'bpe_vocab': expected more than the base vocabulary's {self.vocab_size}, "
+                             f"got {vocab_size}")
+        self.tokenizer.train(vocab_size=vocab_size, iterator=list(map(self.words, sequences)))
+        return Codec(self.tokenizer, self.n_bars)
+
+    def finish(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
+        """Base ids -> ids, `BOS … EOS`, BPE applied if it has been learned: each different word is coded once; a SPACE
+        that stays alone stands for nothing and is left out."""
+        if not self.tokenizer.is_trained:
+            return [np.concatenate([[BOS], ids, [EOS]]) for ids in sequences]
+        words = list(map(self.words, sequences))
+        unique = sorted({w for ws in words for w in ws})
+        codes = self.tokenizer._model.encode_batch([[w] for w in unique], is_pretokenized=True)
+        code = {w: [i for i in c.ids if self.expansion[i]] for w, c in zip(unique, codes, strict=True)}
+        return [np.array([BOS, *(i for w in ws for i in code[w]), EOS]) for ws in words]
+
+    def encode(self, windows: list[Score]) -> list[np.ndarray]:
+        """Windows -> ids, `BOS … EOS`."""
+        return self.finish([base_ids(self.tokenizer, window) for window in windows])
+
+    def expand(self, ids: Iterable[int]) -> list[int]:
+        """Ids -> base ids up to EOS, without specials."""
+        ids = list(ids)
+        ids = ids[:ids.index(EOS)] if EOS in ids else ids
+        return [base for i in ids if i >= N_SPECIAL for base in self.expansion[i]]
+
+    def decode(self, ids: Iterable[int]) -> Score:
+        """Ids -> the window they stand for, in normal form. MidiTok skips tokens that make no note."""
+        base = self.expand(ids)
+        score = self.tokenizer.decode(TokSequence(ids=base, tokens=[self.names[i] for i in base])).resample(TPQ)
+        score.tempos = symusic.core.TempoTickList([symusic.Tempo(0, TEMPO)])
+        for track in score.tracks:
+            track.name = VOICES.get(track.program, track.name)
+        return score
+
+    def slots(self, sequences: list[np.ndarray], chunk: int = 4096) -> list[np.ndarray]:
+        """Slots of many sequences, those of like length together."""
+        order, out = np.argsort([len(s) for s in sequences], kind="stable"), [np.empty(0)] * len(sequences)
+        for part in (order[i:i + chunk] for i in range(0, len(order), chunk)):
+            slots = self.table.slots(pad_sequences([sequences[i] for i in part])).numpy()
+            for i, row in zip(part, slots, strict=True):
+                out[i] = row[:len(sequences[i])]
+        return out
+
+
+TIMING = ("Bar", "Position", "TimeSig", "TimeShift", "Track")
+_NOTE = {"Pitch": "Duration", "PitchDrum": "Duration", "PAD": "", "MASK": ""}
+# What may come after each kind of base token.
+FOLLOWS = {
+    "REMI": {"BOS": "Bar", "Bar": "TimeSig", "TimeSig": "Position Bar EOS", "Position": "Program",
+             "Program": "Pitch PitchDrum", "Duration": "Program Position Bar EOS", "EOS": "EOS", **_NOTE},
+    "TSD": {"BOS": "TimeSig", "TimeSig": "Program TimeShift EOS", "TimeShift": "Program TimeShift TimeSig",
+            "Program": "Pitch PitchDrum", "Duration": "Program TimeShift EOS", "EOS": "EOS", **_NOTE},
+    "MMM": {"BOS": "Track_Start", "Track_Start": "Program", "Program": "Bar", "Bar": "TimeSig",
+            "TimeSig": "Position Bar Track_End", "Position": "Pitch PitchDrum",
+            "Duration": "Pitch PitchDrum Position Bar Track_End", "Track_End": "Track_Start EOS", "EOS": "EOS",
+            **_NOTE},
+}
+
+
+def kind_name(name: str) -> str:
+    """The kind of a base token as `FOLLOWS` calls it."""
+    return name if name.startswith("Track") else name.split("_")[0]
+
+
+def beat_of(name: str) -> int:
+    """The beat in the bar a base token moves to; 0 where it opens something; -1 where it moves nothing."""
+    kind, _, value = name.partition("_")
+    return int(value) // 4 if kind == "Position" else 0 if kind in ("Bar", "TimeShift", "Track") else -1
+
+
+def slot_row(names: list[str]) -> list[int]:
+    """What base tokens, one after the other, do to the clock: the row of `SlotTable`."""
+    resets, bars, position, unit, length, shift = 0, 0, -1, 0, 0, 0
+    for kind, _, value in (name.partition("_") for name in names):
+        if kind == "Track" and value == "Start":
+            resets, bars, position, shift = 1, 0, 0, 0
+        elif kind == "Bar":
+            bars, position, shift = bars + 1, 0, 0
+        elif kind == "Position":
+            position = int(value)
+        elif kind == "TimeSig":
+            beats, denominator = map(int, value.split("/"))
+            unit, length = 8 // denominator, beats * 32 // denominator
+        elif kind == "TimeShift":
+            beats, positions, per_beat = map(int, value.split("."))
+            shift += beats * 4 + positions * 4 // per_beat
+    return [resets, bars, position, unit, length, shift]
+
+
+class Cut(NamedTuple):
+    """A window on its way into the store."""
+
+    piece: int
+    bar: int
+    split: str
+    ids: np.ndarray  # base ids
+
+
+def cut_pieces(tokenizer: MusicTokenizer, pieces: Iterable[Piece], n_bars: int, hop: int) -> Iterator[Cut]:
+    """All windows: every `hop` bars of a training piece, every `n_bars` of the others, and one that ends the piece."""
+    for number, piece in enumerate(pieces):
+        score = Score(piece.path)
+        starts = bar_starts(score)
+        bars = window_bars(len(starts) - 1, n_bars, hop if piece.split == "train" else n_bars)
+        for bar, ids in window_ids(tokenizer, score, starts, bars, n_bars):
+            yield Cut(number, bar, piece.split, ids)
+
+
+def in_all_keys(codec: Codec, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(semitones, base ids) in each key that stays within the range of pitches; drums are not moved."""
+    is_pitch = codec.kinds[ids] == "Pitch"
+    pitches = ids[is_pitch] - codec.names.index(f"Pitch_{PITCHES[0]}")
+    for shift in KEYS:
+        if len(pitches) == 0 or (pitches.min() + shift >= 0 and pitches.max() + shift < PITCHES[1] - PITCHES[0]):
+            yield shift, ids + shift * is_pitch
+
+
+def store_folder(config: Config, pieces: list[Piece]) -> Path:
+    """Where the store of these pieces under this configuration lies; any change of either gives another folder."""
+    data = config.data
+    what = [VERSION, version("miditok"), data.tokenizer, data.bpe_vocab, data.n_bars, data.hop, data.transpose,
+            config.model.max_tokens,
+            [(p.name, p.source, p.split, hashlib.sha256(p.path.read_bytes()).hexdigest()) for p in pieces]]
+    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
+    return Path(data.data_dir) / "stores" / f"{data.source}-{data.tokenizer}{data.bpe_vocab or ''}-{digest}"
+
+
+def build_store(config: Config, pieces: list[Piece], workers: int | None = None) -> TokenStore:
+    """Tokenize the pieces into a store, or open it if it is there. BPE learns from the training split only.
+
+    `workers` processes (one a core by default) write shards of SHARD bars, which are then laid end to end: memory does
+    not grow with the corpus, and a call that was stopped goes on with the shards that are missing. Raises ValueError
+    when a split that training needs has no piece.
+    """
+    folder, data, workers = store_folder(config, pieces), config.data, workers or cores()
+    if (folder / "meta.json").exists():
+        return TokenStore(folder)
+    for split in ("train", "valid"):
+        if not any(p.split == split for p in pieces):
+            raise ValueError(f"no window in the {split} split of {data.source!r}: expected at least 3 pieces with "
+                             f"different tunes, got {len(pieces)}")
+    parts = folder.with_name(f".{folder.name}.parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    try:
+        tokenizer = parts / "tokenizer.json"
+        if not tokenizer.exists():
+            codec = Codec(make_tokenizer(data.tokenizer, programs_of(pieces)), data.n_bars)
+            atomic(tokenizer, (codec.learn_bpe(sample(codec, pieces, data), data.bpe_vocab) if data.bpe_vocab
+                               else codec).tokenizer.save)
+        shards = [(str(parts / f"{i:06}.npz"), str(tokenizer), part, data.n_bars, data.hop, data.transpose,
+                   config.model.max_tokens) for i, part in enumerate(shards_of(pieces))]
+        missing = [shard for shard in shards if not Path(shard[0]).exists()]
+        with tqdm(total=len(pieces), desc="tokenizing", unit=" pieces") as bar:
+            bar.update(len(pieces) - sum(len(shard[2]) for shard in missing))
+            done = (apart("mtxlib.data.tokens:write_shard", missing, workers) if workers > 1 and len(missing) > 1
+                    else ((write_shard(*shard), "") for shard in missing))
+            for (n, why), shard in zip(done, missing, strict=True):
+                if why:
+                    raise RuntimeError(f"{shard[2][0][1]} to {shard[2][-1][1]} could not be tokenized: {why}")
+                bar.update(n)
+        codec = Codec(load_tokenizer(tokenizer), data.n_bars)
+        meta = {"vocab_size": codec.vocab_size, "n_bars": data.n_bars, "slot_table": codec.table.rows.tolist(),
+                "is_structure": codec.is_structure.tolist(),
+                "pieces": [{"name": p.name, "source": p.source, "key": p.key} for p in pieces]}
+        store = write_store(folder, (read_shard(shard[0]) for shard in shards), meta, save=codec.tokenizer.save)
+        n_long = sum(int(np.load(shard[0])["n_long"]) for shard in shards)
+        if n_long:
+            print(f"{n_long} of {len(store) + n_long} windows left out: longer than max_tokens = "
+                  f"{config.model.max_tokens}")
+    except OSError:
+        if not (folder / "meta.json").exists():  # if it is, another process was faster and has cleaned up
+            raise
+    shutil.rmtree(parts, ignore_errors=True)
+    return TokenStore(folder)
+
+
+def sample(codec: Codec, pieces: list[Piece], data: DataConfig) -> list[np.ndarray]:
+    """What BPE learns from: base ids, in all keys, of windows that lie end to end, of the training pieces in a random
+    order until there are SAMPLE of them."""
+    training = [p for p in pieces if p.split == "train"]
+    order = np.random.default_rng(0).permutation(len(training))
+    cuts = islice((c for c in cut_pieces(codec.tokenizer, (training[i] for i in order), data.n_bars, data.hop)
+                   if c.bar % data.n_bars == 0), SAMPLE)
+    return [ids for c in cuts for _, ids in (in_all_keys(codec, c.ids) if data.transpose else [(0, c.ids)])]
+
+
+def shards_of(pieces: list[Piece]) -> Iterator[list[tuple[int, str, str]]]:
+    """(number, path, split) of the pieces, in lists of SHARD bars or a little more."""
+    part, bars = [], 0
+    for number, piece in enumerate(pieces):
+        part.append((number, str(piece.path), piece.split))
+        bars += piece.bars
+        if bars >= SHARD or number == len(pieces) - 1:
+            yield part
+            part, bars = [], 0
+
+
+@lru_cache(maxsize=1)
+def codec_of(tokenizer: str, n_bars: int) -> Codec:
+    return Codec(load_tokenizer(tokenizer), n_bars)
+
+
+def write_shard(path: str, tokenizer: str, pieces: list[tuple[int, str, str]], n_bars: int, hop: int, transpose: bool,
+                max_tokens: int) -> int:
+    """The windows of some pieces, (number, path, split) each, in all keys if they are for training; how many pieces."""
+    codec = codec_of(tokenizer, n_bars)
+    few = [SimpleNamespace(path=path, split=split) for _, path, split in pieces]
+    keyed = [((pieces[c.piece][0], c.bar, shift, SPLITS.index(c.split)), ids)
+             for c in cut_pieces(codec.tokenizer, few, n_bars, hop) for shift, ids in
+             (in_all_keys(codec, c.ids) if transpose and c.split == "train" else [(0, c.ids)])]
+    sequences = codec.finish([ids for _, ids in keyed])
+    fits = [(s, window) for s, (window, _) in zip(sequences, keyed, strict=True) if len(s) <= max_tokens]
+    packed = Windows.pack([s for s, _ in fits], codec.slots([s for s, _ in fits]), [window for _, window in fits])
+    arrays = {"ids": packed.ids.astype(id_type(codec.vocab_size)), "slots": packed.slots.astype(np.uint16),
+              "offsets": packed.offsets, "windows": packed.windows, "n_long": len(keyed) - len(fits)}
+    atomic(path, lambda p: np.savez(p, **arrays))
+    return len(pieces)
+
+
+def read_shard(path: str) -> Windows:
+    with np.load(path) as arrays:
+        return Windows(*(arrays[name] for name in ARRAYS))
+
+
+def tokenize(codec: Codec, pieces: list[Piece]) -> Windows:
+    """The windows of pieces, `n_bars` apart, in memory, with a tokenizer that is already there; for measuring."""
+    cuts = list(cut_pieces(codec.tokenizer, pieces, codec.n_bars, codec.n_bars))
+    sequences = codec.finish([c.ids for c in cuts])
+    return Windows.pack(sequences, codec.slots(sequences), [(c.piece, c.bar, 0, SPLITS.index(c.split)) for c in cuts])
+
+
+def programs_of(pieces: list[Piece]) -> set[int]:
+    """Programs of the training pieces, -1 for drums: the voices the tokenizer can tell apart."""
+    return {-1 if track.is_drum else track.program
+            for piece in pieces if piece.split == "train" for track in Score(piece.path).tracks}

@@ -1,0 +1,158 @@
+"""Ways between latents, and measured ways between pieces.
+
+Windows are compared on their grid: voices by sixteenths, the pitch that sounds or none.
+
+S latent rows, C latent channels; V voices, T sixteenths.
+"""
+
+from itertools import groupby, pairwise
+
+import numpy as np
+import pandas as pd
+import torch
+from symusic import Note, Score, Track
+from torch import Tensor
+
+from mtxlib.config import PAD
+from mtxlib.model.losses import kl_per_dim, reconstruction
+from mtxlib.music.metrics import in_key
+from mtxlib.music.score import GRID, TPQ, VELOCITY, bar_starts, grid, note_f1, track_programs
+
+
+def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """Spherical interpolation of latents of any shape, taken as one vector each (White 2016).
+
+    The angle is turned evenly, and the length goes evenly from one to the other: alpha 0 gives a, alpha 1 gives b,
+    exactly. Latents without an angle between them are mixed linearly.
+    """
+    if alpha in (0, 1):
+        return (b if alpha else a).clone()
+    na, nb = a.norm(), b.norm()
+    cos = (a * b).sum() / (na * nb).clamp(min=1e-12)
+    if na < 1e-6 or nb < 1e-6 or cos.abs() > 0.9999:
+        return (1 - alpha) * a + alpha * b
+    theta = cos.acos()
+    direction = ((1 - alpha) * theta).sin() / theta.sin() * a / na + (alpha * theta).sin() / theta.sin() * b / nb
+    return ((1 - alpha) * na + alpha * nb) * direction
+
+
+def mix(a: Tensor, b: Tensor, alpha: float | list[float], n_bars: int) -> Tensor:
+    """Between latents a and b (S, C) of one window: `slerp` of the whole matrix or, with a list of `n_bars` alphas, of
+    each bar's rows by themselves.
+
+    Raises ValueError where the list has another length, or the rows do not follow the bars.
+    """
+    if not isinstance(alpha, list):
+        return slerp(a, b, alpha)
+    if len(alpha) != n_bars or len(a) % n_bars:
+        raise ValueError(f"alpha: expected a number, or a list of {n_bars} (one a bar) for a latent with a multiple of "
+                         f"{n_bars} rows, got {len(alpha)} for {len(a)} rows")
+    bars = zip(a.chunk(n_bars), b.chunk(n_bars), alpha, strict=True)
+    return torch.cat([slerp(*bar) for bar in bars])
+
+
+def pairs_of(run, n: int = 100, split: str = "test", seed: int = 0) -> list[tuple[Score, Score]]:
+    """n pairs of windows, each from two pieces and of one metre, drawn at random; fewer where there are too few.
+
+    Raises ValueError where there is none.
+    """
+    windows = [(i, [(m.time, m.numerator, m.denominator) for m in window.time_signatures], window)
+               for i, piece in enumerate(run.pieces(split)) for window in run.windows(piece)[2]
+               if window.note_num()]
+    drawn = np.random.default_rng(seed).integers(len(windows), size=(20 * n, 2)).tolist()
+    pairs = [(windows[i][2], windows[j][2]) for i, j in drawn
+             if windows[i][0] != windows[j][0] and windows[i][1] == windows[j][1]]
+    if not pairs:
+        raise ValueError(f"split: expected two pieces with windows of one metre, found none in {split!r}")
+    return pairs[:n]
+
+
+def sixteenths(run, a: Score, b: Score) -> int:
+    """How many a pair of windows lasts, without what rings on beyond its last bar."""
+    return max(bar_starts(score)[:run.n_bars + 1][-1] for score in (a, b)) // GRID
+
+
+def crossfade(a: Score, b: Score, alpha: float, draws: np.ndarray) -> Score:
+    """Between two windows without a latent: each sixteenth, in all voices, is b's with probability alpha and else a's:
+    the baseline of MusicVAE (Roberts 2018). draws (T,): numbers in [0, 1) that decide it; as they are the
+    same for every alpha, what has become b's stays b's."""
+    voices = track_programs(a, b)
+    pitch, begins = (np.where(draws < alpha, y, x) for x, y in
+                     zip(grid(a, voices, len(draws)), grid(b, voices, len(draws)), strict=True))
+    begins |= np.diff(pitch, prepend=0) != 0
+    mixed = Score(TPQ)
+    mixed.time_signatures.extend(a.time_signatures)
+    for program, *voice in zip(voices, begins.cumsum(1), pitch, strict=True):
+        track, time = Track("", program, False), 0
+        for (_, p), cells in groupby(zip(*(x.tolist() for x in voice), strict=True)):
+            length = len(list(cells))
+            if p:
+                track.notes.append(Note(time * GRID, length * GRID, p, VELOCITY))
+            time += length
+        mixed.tracks.append(track)
+    return mixed
+
+
+def interpolation(run, pairs: list[tuple[Score, Score]], steps: int = 11, seed: int = 0) -> pd.DataFrame:
+    """From a to b in `steps` steps, for each pair of windows: by slerp between the posterior means, decoded greedily,
+    and by `crossfade`. One row for each way, pair and alpha:
+
+    - `to_a`, `to_b`: Hamming distance to the windows themselves, share of the grid where another pitch sounds, or none.
+    - `moved`: the same to the step before; `onward`: whether neither `to_a` has fallen nor `to_b` risen since then.
+    - `in_key`: the largest share of the sounding grid that one diatonic scale holds.
+    - `nats`: what the step costs this model, reconstruction and KL, a window; nan where it has too many tokens for it.
+    - `note_f1`: at the two ends, of the notes of a and of b; nan between.
+    """
+    alphas, rng = np.linspace(0, 1, steps), np.random.default_rng(seed)
+    z = run.encode_windows([window for pair in pairs for window in pair]).unflatten(0, (-1, 2))
+    draws = [rng.random(sixteenths(run, *pair)) for pair in pairs]
+    ways = {"slerp": run.decode(torch.stack([slerp(a, b, float(alpha)) for a, b in z for alpha in alphas])),
+            "crossfade": [crossfade(*pair, alpha, u) for pair, u in zip(pairs, draws, strict=True) for alpha in alphas]}
+    frames = []
+    for way, scores in ways.items():
+        nats = cost(run, scores, seed).reshape(-1, steps)
+        for i, (a, b) in enumerate(pairs):
+            mixes, voices = scores[i * steps:(i + 1) * steps], track_programs(a, b)
+            on_a, on_b, *on = (grid(score, voices, len(draws[i]))[0] for score in (a, b, *mixes))
+            to_a, to_b = ((np.stack(on) != end).mean((1, 2)) for end in (on_a, on_b))
+            frames.append(pd.DataFrame({
+                "way": way, "pair": i, "alpha": alphas, "to_a": to_a, "to_b": to_b,
+                "moved": [np.nan, *((x != y).mean() for x, y in pairwise(on))],
+                "onward": [np.nan, *((np.diff(to_a) >= 0) & (np.diff(to_b) <= 0))],
+                "in_key": [in_key(x) for x in on], "nats": nats[i],
+                "note_f1": [note_f1(mixes[0], a), *[np.nan] * (steps - 2), note_f1(mixes[-1], b)]}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def rowwise(run, pairs: list[tuple[Score, Score]], alpha: list[float]) -> pd.DataFrame:
+    """Bar by bar from a to b: each bar of a pair's window is mixed by its own `alpha` (see `mix`) and decoded
+    greedily. One row for each pair and bar, with the Hamming distances `to_a` and `to_b` of that bar, as in
+    `interpolation`.
+
+    Raises ValueError where the latent's rows do not follow the bars.
+    """
+    z = run.encode_windows([window for pair in pairs for window in pair]).unflatten(0, (-1, 2))
+    mixes, rows = run.decode(torch.stack([mix(a, b, alpha, run.n_bars) for a, b in z])), []
+    for i, (score, (a, b)) in enumerate(zip(mixes, pairs, strict=True)):
+        lines, voices = np.array(bar_starts(a)[:run.n_bars + 1]) // GRID, track_programs(a, b)
+        on, on_a, on_b = (np.split(grid(x, voices, lines[-1])[0], lines[1:-1], axis=1) for x in (score, a, b))
+        rows += [{"pair": i, "bar": k + 1, "alpha": alpha[k], "to_a": (x != x_a).mean(), "to_b": (x != x_b).mean()}
+                 for k, (x, x_a, x_b) in enumerate(zip(on, on_a, on_b, strict=True))]
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def cost(run, scores: list[Score], seed: int = 0) -> np.ndarray:
+    """Negative ELBO of windows in nats (N,), one sample of the posterior each; nan where one exceeds `max_tokens`."""
+    windows, nats = run.pack(scores), np.full(len(scores), np.nan)
+    generator = torch.Generator(run.device).manual_seed(seed)
+    order = np.argsort(windows.lengths, kind="stable")
+    order = order[windows.lengths[order] <= run.config.model.max_tokens]
+    for part in (order[i:i + 64] for i in range(0, len(order), 64)):
+        ids, slots = windows.batch(part).to(run.device)
+        posterior = run.model.encode(ids, slots)
+        z = run.model.reparameterize(posterior, generator)
+        logits = run.model.decode(ids[:, :-1], slots[:, :-1], z, posterior.is_live)
+        recon = reconstruction(logits, ids[:, 1:], ids[:, 1:] == PAD)
+        nats[part] = (recon + kl_per_dim(*posterior).sum((1, 2))).cpu()
+    return nats

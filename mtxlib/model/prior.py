@@ -1,0 +1,216 @@
+"""A prior over the rows of the latent, learned from frozen posteriors, for pieces of any length.
+
+N(0, I) knows no order: windows drawn from it have nothing to do with each other, and the rows of one window are only
+as related as the KL made them. Here a small causal transformer says how the next row follows from the rows before. It
+is told the bar of the piece, how many are left, the key, and whether the piece is to close with a cadence. What is
+unusual is its head: the channels of a row come one after the other, each a mixture of Gaussians given those before it,
+as in RNADE (Uria 2013); a mixture over whole rows cannot say which of many chords comes next.
+
+B pieces, T rows, C latent channels, H hidden units of a channel, K components of its mixture.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mtxlib.config import TrainConfig
+from mtxlib.files import atomic, digest
+from mtxlib.model.layers import DecoderBlock
+from mtxlib.model.optim import autocast_for, make_optimizers
+
+N_KEYS = 25  # twelve major, twelve minor, unknown
+EDGE = 4  # bars from the beginning, and to the end, that are told apart
+CONTEXT = 64  # rows that are looked back to, as in training
+SIGMA_RANGE = (-4.0, 1.5)  # of log sigma
+
+
+class Line(NamedTuple):
+    """The rows of one piece in time, and what the prior is told of it."""
+
+    mu: Tensor  # (T, C)
+    logvar: Tensor  # (T, C)
+    key: int = N_KEYS - 1  # its number in `music.score.KEY_NAMES`
+    closes: int = 0  # 1 where it ends with a cadence, see `music.metrics.closes`
+
+
+class RowPrior(nn.Module):
+    def __init__(self, channels: int, rows_per_bar: int, d_model: int = 80, n_layers: int = 2, n_heads: int = 4,
+                 hidden: int = 48, components: int = 6):
+        super().__init__()
+        self.settings = {"channels": channels, "rows_per_bar": rows_per_bar, "d_model": d_model,
+                         "n_layers": n_layers, "n_heads": n_heads, "hidden": hidden, "components": components}
+        self.channels, self.rows_per_bar = channels, rows_per_bar
+        self.register_buffer("keys", torch.ones(N_KEYS))  # the share of each in training
+        self.row = nn.Linear(channels, d_model)
+        self.opening = nn.Parameter(0.02 * torch.randn(d_model))  # stands for the row before the first
+        self.place, self.key = nn.Embedding(rows_per_bar, d_model), nn.Embedding(N_KEYS, d_model)
+        self.since, self.left = nn.Embedding(EDGE + 1, d_model), nn.Embedding(2 * (EDGE + 1), d_model)
+        self.blocks = nn.ModuleList(DecoderBlock(d_model, n_heads, cross=False) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(d_model)
+        self.to_hidden = nn.Linear(d_model, channels * hidden)
+        self.from_row = nn.Parameter(0.1 * torch.randn(hidden, channels, channels))  # [:, i, j]: what j hears of i < j
+        self.to_mixture = nn.Parameter(hidden ** -0.5 * torch.randn(channels, hidden, 3 * components))
+        self.bias = nn.Parameter(torch.zeros(channels, 3 * components))
+        with torch.no_grad():
+            self.bias[:, components:2 * components] = torch.linspace(-1.5, 1.5, components)
+        for embedding in (self.place, self.key, self.since, self.left):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, before: Tensor, at: Tensor, n_rows: Tensor, key: Tensor, closes: Tensor) -> Tensor:
+        """States (B, T, D) that say all that is known of the rows numbered `at` (B, T), from the rows before each of
+        them (B, T, C), in pieces of `n_rows` rows, `key` and `closes` (B,)."""
+        bar, last = at // self.rows_per_bar, (n_rows[:, None] - 1) // self.rows_per_bar
+        left = 2 * (last - bar).clamp(0, EDGE) + closes[:, None]
+        x = torch.where((at == 0)[..., None], self.opening, self.row(before))                    # (B, T, D)
+        x = x + self.place(at % self.rows_per_bar) + self.since(bar.clamp(max=EDGE)) + self.left(left)
+        x = x + self.key(key)[:, None]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def mixture(self, state: Tensor, z: Tensor, c: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+        """log weights, means and log sigmas (..., channels `c`, K) from states (..., D) and rows z (..., C), of which
+        each channel is told those before it."""
+        hidden = self.to_hidden(state).unflatten(-1, (self.channels, -1))[..., c, :]             # (..., c, H)
+        hidden = F.gelu(hidden + torch.einsum("...i,hic->...ch", z, self.from_row.triu(1)[..., c]))
+        out = torch.einsum("...ch,cho->...co", hidden, self.to_mixture[c]) + self.bias[c]        # (..., c, 3K)
+        weights, mean, log_sigma = out.float().chunk(3, dim=-1)
+        return weights.log_softmax(-1), mean, log_sigma.clamp(*SIGMA_RANGE)
+
+    def log_prob(self, z: Tensor, state: Tensor) -> Tensor:
+        """Nats of rows z (..., C) under what the states (..., D) say: (...)."""
+        weights, mean, log_sigma = self.mixture(state, z)
+        parts = weights - 0.5 * ((z[..., None] - mean) * (-log_sigma).exp()).square() - log_sigma
+        return (parts.logsumexp(-1) - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def draw(self, state: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+        """One row (B, C) for each state (B, D); the temperature narrows weights and Gaussians alike."""
+        z = torch.zeros(len(state), self.channels)
+        for c in range(self.channels):
+            weights, mean, log_sigma = (x[:, 0] for x in self.mixture(state, z, slice(c, c + 1)))
+            chosen = torch.multinomial((weights / max(temperature, 1e-3)).softmax(-1), 1, generator=generator)
+            noise = temperature * torch.randn(len(z), 1, generator=generator)
+            z[:, c] = (mean.gather(1, chosen) + noise * log_sigma.gather(1, chosen).exp())[:, 0]
+        return z
+
+    @torch.no_grad()
+    def sample(self, n: int, n_rows: int, temperature: float = 1.0, seed: int = 0, begin: Tensor | None = None,
+               key: int | None = None, closes: bool = True, endings: int = 1) -> Tensor:
+        """n pieces of n_rows rows, (n * endings, n_rows, C), on the CPU; with `begin` (T, C) they all go on from there.
+        Without the number of a `key` each has its own, drawn as often as it was met in training. Each piece has
+        `endings` versions, one after the other, that differ in their last bar."""
+        generator = torch.Generator().manual_seed(seed)
+        keys = (torch.multinomial(self.keys, n, replacement=True, generator=generator) if key is None
+                else torch.full((n,), key))
+        z, given = torch.zeros(n, n_rows + 1, self.channels), 0 if begin is None else len(begin)
+        if given:
+            z[:, 1:given + 1] = begin
+        for row in range(given, n_rows):  # z[:, row] is the row before
+            if row == max(given, n_rows - self.rows_per_bar):
+                z, keys = z.repeat_interleave(endings, 0), keys.repeat_interleave(endings)
+            first = max(0, row + 1 - CONTEXT)
+            at, told = torch.arange(first, row + 1).expand(len(z), -1), torch.tensor([[n_rows], [closes]])
+            state = self(z[:, first:row + 1], at, told[0].expand(len(z)), keys, told[1].expand(len(z)))
+            z[:, row + 1] = self.draw(state[:, -1], temperature, generator)
+        return z[:, 1:]
+
+
+class Stretches(NamedTuple):
+    """CONTEXT rows of each of B pieces, drawn from their posteriors; T = CONTEXT."""
+
+    z: Tensor  # (B, 1 + T, C), the row before them in front
+    logvar: Tensor  # (B, T, C), 0 beyond the end
+    at: Tensor  # (B, T), the number of each row in its piece
+    n_rows: Tensor  # (B,), and what else a prior is told of the pieces
+    key: Tensor
+    closes: Tensor
+
+    def nats(self, prior: RowPrior) -> Tensor:
+        """-log p of each row that is there, one after the other."""
+        state = prior(self.z[:, :-1], self.at, self.n_rows, self.key, self.closes)
+        return -prior.log_prob(self.z[:, 1:][self.is_there], state[self.is_there])
+
+    @property
+    def is_there(self) -> Tensor:
+        return self.at < self.n_rows[:, None]
+
+
+def stretches(lines: list[Line], rows_per_bar: int, generator: torch.Generator) -> Stretches:
+    """One of each line, from a random bar on."""
+    parts = []
+    for mu, logvar, *told in lines:
+        later = max(0, len(mu) - CONTEXT) // rows_per_bar
+        start = int(torch.randint(later + 1, (), generator=generator)) * rows_per_bar
+        z = mu + torch.randn(mu.shape, generator=generator) * (0.5 * logvar).exp()
+        parts.append((F.pad(z, (0, 0, 1, CONTEXT))[start:start + CONTEXT + 1],
+                      F.pad(logvar, (0, 0, 0, CONTEXT))[start:start + CONTEXT],
+                      torch.arange(start, start + CONTEXT), *map(torch.tensor, (len(mu), *told))))
+    return Stretches(*(torch.stack(x) for x in zip(*parts, strict=True)))
+
+
+def fit(lines: list[Line], held_out: list[Line], rows_per_bar: int, *, steps: int = 1500, batch_size: int = 64,
+        lr: float = 5e-3, seed: int = 0, **sizes) -> tuple[RowPrior, dict[str, float]]:
+    """Learn a prior from posteriors; returns it and its figures on held-out pieces, see `rates`."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    prior = RowPrior(lines[0].mu.shape[1], rows_per_bar, **sizes)
+    prior.keys = torch.bincount(torch.tensor([line.key for line in lines]), minlength=N_KEYS) / len(lines)
+    optimizers, autocast = make_optimizers(prior, TrainConfig(lr=lr)), autocast_for("auto", torch.device("cpu"))
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1,
+                                                     cycle_momentum=False) for optimizer in optimizers]
+    bar = tqdm(range(steps), desc="prior over rows", mininterval=1.0)
+    for _ in bar:
+        drawn = torch.randint(len(lines), (batch_size,), generator=generator).tolist()
+        batch = stretches([lines[i] for i in drawn], rows_per_bar, generator)
+        with autocast():
+            loss = batch.nats(prior).mean()
+        prior.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
+        for step in (*optimizers, *schedules):
+            step.step()
+        bar.set_postfix(nats_a_row=f"{loss.item():.2f}", refresh=False)
+    return prior.eval(), rates(prior, held_out, rows_per_bar)
+
+
+@torch.no_grad()
+def rates(prior: RowPrior, lines: list[Line], rows_per_bar: int, seed: int = 0) -> dict[str, float]:
+    """What a row costs, in nats, under N(0, I) and under the learned prior: KL(q || p), one sample a row."""
+    drawn = stretches(lines, rows_per_bar, torch.Generator().manual_seed(seed))
+    normal = 0.5 * (drawn.z[:, 1:].square() + math.log(2 * math.pi)).sum(-1)[drawn.is_there]
+    entropy = 0.5 * (drawn.logvar + 1 + math.log(2 * math.pi)).sum(-1)[drawn.is_there]
+    return {"normal": float((normal - entropy).mean()), "learned": float((drawn.nats(prior) - entropy).mean())}
+
+
+def save_prior(prior: RowPrior, path: Path, weights: Path) -> None:
+    """In half precision, for it is shipped; marked with the `weights` whose posteriors it learned from."""
+    tensors = {name: x.half().contiguous() for name, x in prior.state_dict().items()}
+    metadata = {"format": "mtxlib prior", "settings": json.dumps(prior.settings), "weights": digest(weights)}
+    atomic(path, lambda p: save_file(tensors, str(p), metadata=metadata))
+
+
+def load_prior(path: Path, weights: Path) -> RowPrior | None:
+    """None where there is no such file, or where it belongs to other weights. Raises ValueError if it is no prior."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata() or {}
+        if metadata.get("format") != "mtxlib prior":
+            raise ValueError("no mark of mtxlib.prior in it")
+        if metadata["weights"] != digest(weights):
+            print(f"{path} was learned from other weights and is not used: call fit_prior() again")
+            return None
+        prior = RowPrior(**json.loads(metadata["settings"]))
+        load_model(prior, path)
+    except (KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: expected a prior saved by mtxlib.prior, got something else ({e})") from e
+    return prior.eval()

@@ -1,0 +1,405 @@
+"""The training loop: `train(config, run_dir)`, or `python -m mtxlib.train outputs/<run>/config.json`.
+
+It needs a token store and nothing else: no MidiTok, music21, wandb or Jupyter. A run folder gets metrics.jsonl (the
+truth), model.safetensors (the best weights by the validation objective at the final beta or rate, so that the ramp
+does not decide) and state.pt (everything to go on from). The order of batches is a function of (seed, epoch) and the
+random state is saved, so a resumed run on the CPU repeats the losses of an uninterrupted one bit for bit.
+
+`torchrun --nproc-per-node N -m mtxlib.train …` trains on N GPUs (or on CPUs) what one process would: batch_size stays
+that of the whole batch. Each process takes its part of it, with its part of the same noise, and all look at the terms
+of all windows before the objective is formed: free bits and |KL - C| are not linear in them. So losses agree but for
+rounding; with `dropout` in the blocks they do not, since its masks are drawn for a part alone.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_model
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from mtxlib.config import PAD, Config
+from mtxlib.data.store import Batch, TokenDropout, TokenStore, epoch_batches
+from mtxlib.files import append, atomic, atomic_text, brief
+from mtxlib.model.likelihood import Measured, measure
+from mtxlib.model.losses import Terms, beta_at, kl_per_dim, lr_at, objective, rate_at, reconstruction, steer
+from mtxlib.model.optim import autocast_for, make_optimizers
+from mtxlib.model.vae import MusicVAE
+
+LOG_EVERY = 10  # steps a line of metrics.jsonl is the mean of
+
+
+def train(config: Config, run_dir: str | Path, device: str = "",
+          on_validate: Callable[[], None] = lambda: None) -> Path:
+    """Train, or go on from run_dir/state.pt; returns the path of the best weights. `on_validate` is called after each
+    validation, when metrics.jsonl is up to date.
+
+    Raises FileNotFoundError without a token store, FloatingPointError when the loss is no longer a number, ValueError
+    when run_dir holds another configuration's checkpoint.
+    """
+    return Trainer(config, Path(run_dir), device, on_validate).run()
+
+
+class Trainer:
+    def __init__(self, config: Config, run_dir: Path, device: str = "", on_validate: Callable[[], None] = lambda: None):
+        self.config, self.run_dir, self.c, self.on_validate = config, run_dir, config.train, on_validate
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if self.c.batch_size % (self.c.accumulate * self.world):
+            raise ValueError(f"parameter 'batch_size': expected a multiple of accumulate {self.c.accumulate} x "
+                             f"{self.world} processes, got {self.c.batch_size}")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if self.c.threads:
+            torch.set_num_threads(self.c.threads)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.store = TokenStore(config.data.store)
+        self.autocast = autocast_for(self.c.precision, self.device)
+        torch.manual_seed(self.c.seed)
+        self.model = MusicVAE(config.model, self.store.vocab_size, self.store.n_bars).to(self.device)
+        self.average = (AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.c.ema), use_buffers=True)
+                        if self.c.ema else None)
+        self.model.share = self.rank, self.world
+        self.forward = torch.compile(self.model, dynamic=True) if self.c.compile else self.model
+        if self.world > 1:
+            self.forward = nn.parallel.DistributedDataParallel(self.forward)
+        self.optimizers = make_optimizers(self.model, self.c)
+        drop = partial(TokenDropout, vocab_size=self.store.vocab_size, kind=self.c.dropout_kind,
+                       spare=self.store.is_structure.to(self.device) if self.c.spare_structure else None)
+        self.drop_enc, self.drop_dec = drop(self.c.enc_token_dropout), drop(self.c.dec_token_dropout)
+        self.train_indices = self.store.select("train")
+        valid = self.store.select("valid")
+        rng = np.random.default_rng(self.c.seed)
+        self.valid_indices = np.sort(rng.permutation(valid)[:self.c.eval_windows])
+        # The optimiser sees nats per token of an average window: gradient clipping then means the same everywhere.
+        self.loss_scale = 1.0 / float(self.store.lengths[self.train_indices].mean())
+        self.step, self.best, self.bad, self.seconds = 0, math.inf, 0, 0.0
+        self.steered = 0.01  # beta of the next step under schedule `rate`
+        self.sums: dict = {}  # of what `update` gave since the last line of metrics.jsonl
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches from `self.step` on, without end."""
+        per_epoch = max(1, len(self.train_indices) // self.c.batch_size)
+        epoch, start = divmod(self.step, per_epoch)
+        while True:
+            order = epoch_batches(self.store.lengths, self.train_indices, self.c.batch_size, self.c.seed, epoch)
+            for indices in order[start:]:
+                self.current = indices
+                yield self.store.batch(indices)
+            epoch, start = epoch + 1, 0
+
+    def terms(self, batch: Batch) -> Terms:
+        """The objective of a (micro-)batch at this step. Gradients flow into this process's part of it only."""
+        inputs = batch.ids, batch.slots, self.drop_enc(batch.ids), self.drop_dec(batch.ids)
+        ids, *others = (x.chunk(self.world)[self.rank] for x in inputs)
+        with self.autocast():
+            out = self.forward(ids, *others)
+        targets, c = ids[:, 1:], self.c
+        kl = kl_per_dim(*out.posterior) if self.config.model.variational else torch.zeros_like(out.posterior.mu)
+        recon = self.of_all(reconstruction(out.logits, targets, targets == PAD))
+        return objective(recon, self.of_all(kl), self.beta(self.step), free_bits=c.free_bits,
+                         target_rate=0.0 if self.steers else self.rate(self.step), recon_scale=c.recon_scale,
+                         n_tokens=(batch.ids[:, 1:] != PAD).sum(1))
+
+    def of_all(self, part: torch.Tensor) -> torch.Tensor:
+        """A tensor (B, …) of the whole batch from each process's part."""
+        if self.world == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.world)]
+        dist.all_gather(parts, part.detach())
+        parts[self.rank] = part
+        return torch.cat(parts)
+
+    def most(self, value: float) -> float:
+        """The largest of all processes, so that they decide alike."""
+        if self.world > 1:
+            value = torch.tensor(value, dtype=torch.float64)
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return float(value)
+
+    @property
+    def writes(self) -> bool:
+        """Of several processes one."""
+        return self.rank == 0
+
+    @property
+    def steers(self) -> bool:
+        return self.c.beta_schedule == "rate"
+
+    def beta(self, step: int) -> float:
+        return self.steered if self.steers else beta_at(step, self.c.beta_schedule, self.c.beta_max,
+                                                        self.c.beta_warmup)
+
+    def rate(self, step: int) -> float:
+        return rate_at(step, self.c.target_rate, self.c.target_start, self.c.beta_warmup)
+
+    def update(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """One optimiser step over a batch in `accumulate` parts; returns the means over the parts."""
+        scale = 1.0 if self.c.recon_scale == "token" else self.loss_scale
+        sums = torch.zeros(4, device=self.device)
+        for ids, slots in zip(batch.ids.chunk(self.c.accumulate), batch.slots.chunk(self.c.accumulate), strict=True):
+            terms = self.terms(Batch(ids, slots).to(self.device))
+            (terms.loss * scale * self.world / self.c.accumulate).backward()  # DDP takes the mean over the processes
+            sums += torch.stack([x.detach().float() for x in terms]) / self.c.accumulate
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.c.grad_clip)
+        values = {**dict(zip(("loss", "recon", "kl", "kl_loss"), sums, strict=True)), "grad_norm": norm}
+        if self.device.type == "cpu":  # on a GPU this would wait for it at every step: there each line is checked
+            self.check_finite({k: float(v) for k, v in values.items()}, self.step + 1)
+        if self.steers:  # here a GPU has to be waited for
+            self.steered = steer(self.steered, float(values["kl"]), self.rate(self.step), self.c.beta_max)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.c.lr * lr_at(self.step, self.c.steps, self.c.lr_warmup)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update_parameters(self.model)
+        return {**values, "steps": 1}
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        self.resume()
+        wandb_run = None
+        if self.writes:
+            forget_after(self.run_dir / "metrics.jsonl", self.step)
+            atomic_text(self.run_dir / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
+            atomic(self.run_dir / "tokenizer.json", lambda p: shutil.copy(self.store.folder / "tokenizer.json", p))
+            wandb_run = start_wandb(self.config, self.run_dir)
+        try:
+            self.loop(wandb_run)
+        finally:
+            if wandb_run:
+                wandb_run.finish()
+        return self.run_dir / "model.safetensors"
+
+    def loop(self, wandb_run) -> None:
+        """Steps, lines of metrics.jsonl and validations until the end, a signal, or no more progress."""
+        log = self.run_dir / "metrics.jsonl"
+        n_tokens, began = 0, time.perf_counter()
+        batches = self.batches()
+        with interrupted() as stop, tqdm(total=self.c.steps, initial=self.step, desc="training", unit="step",
+                                         mininterval=1.0, disable=not self.writes) as bar:
+            while self.step < self.c.steps and not self.most(stop.is_set) and not self.is_stuck():
+                batch = next(batches)
+                values = self.update(batch)
+                self.step += 1
+                n_tokens += int((batch.ids[:, 1:] != PAD).sum())
+                self.sums = {k: self.sums.get(k, 0) + v for k, v in values.items()}
+                is_eval = self.step % self.c.eval_every == 0 or self.step == self.c.steps
+                if self.step % LOG_EVERY and not is_eval:
+                    bar.update()
+                    continue
+                line = self.line(n_tokens, time.perf_counter() - began)
+                if self.writes:
+                    write_lines(log, wandb_run, [line])
+                self.sums, n_tokens, began = {}, 0, time.perf_counter()
+                bar.set_postfix(recon=f"{line['recon']:.1f}", rate=f"{line['kl']:.1f}", beta=f"{line['beta']:.2f}")
+                bar.update()
+                if is_eval:
+                    line = self.validate()
+                    if self.writes:
+                        write_lines(log, wandb_run, [line])
+                        self.save_state()  # after its lines: those that a checkpoint lacks are dropped on resume
+                        self.on_validate()
+                    began = time.perf_counter()
+        if self.most(stop.is_set):
+            self.means()  # weights that are no numbers must not replace the last good checkpoint
+            if self.writes:
+                self.save_state()
+                print(f"stopped at step {self.step} of {self.c.steps}; run the same command again to go on")
+            self.most(0.0)  # the others wait: torchrun ends all when one does
+            raise KeyboardInterrupt
+
+    def means(self) -> dict[str, float]:
+        """Of the steps since the last line. Raises FloatingPointError if they are not numbers."""
+        means = {k: float(v) / float(self.sums["steps"]) for k, v in self.sums.items() if k != "steps"}
+        self.check_finite(means, self.step)
+        return means
+
+    def line(self, n_tokens: int, seconds: float) -> dict:
+        self.seconds += seconds
+        c, last = self.c, self.step - 1
+        return {"step": self.step, "split": "train", **self.means(),
+                "beta": self.beta(last), "target_rate": self.rate(last),
+                "lr": c.lr * lr_at(last, c.steps, c.lr_warmup), "tokens_per_s": n_tokens / seconds,
+                "seconds": self.seconds}
+
+    def check_finite(self, values: dict[str, float], step: int) -> None:
+        if not all(map(math.isfinite, values.values())):
+            pieces = sorted({self.store.pieces[p]["name"] for p in self.store.windows["piece"][self.current]})
+            good = self.run_dir / "state.pt"
+            raise FloatingPointError(
+                f"the loss is not a number at step {step} ({', '.join(f'{k} {v:g}' for k, v in values.items())});"
+                f" the last batch held {', '.join(pieces[:8])}; the last good checkpoint is "
+                f"{good if good.exists() else 'none'}: lower lr or grad_clip, or set precision to fp32")
+
+    def validate(self) -> dict:
+        """Measure the validation windows; keep the weights if they are the best so far."""
+        model = self.average.module if self.average else self.model
+        m = measure(model, self.store, self.valid_indices, autocast=self.autocast, seed=self.c.seed)
+        score = self.most(self.final_objective(m))
+        self.check_finite({"validation objective": score}, self.step)
+        self.bad = 0 if score < self.best else self.bad + 1
+        if score < self.best:
+            self.best = score
+            if self.writes:
+                save_weights(model, self.run_dir / "model.safetensors", self.config, self.store.lengths)
+        return {"step": self.step, "split": "valid", **m.summary(), "objective": score, "seconds": self.seconds}
+
+    def final_objective(self, m: Measured) -> float:
+        """The training objective on validation windows, at the beta and rate of the end of the schedule.
+
+        Where beta is steered: nats of reconstruction, plus those by which the KL misses the target from above.
+        """
+        c = self.c
+        if self.steers:
+            return float(m.recon.mean() + (m.kl.sum((1, 2)).mean() - c.target_rate).clamp(min=0))
+        kl = m.kl if self.config.model.variational else torch.zeros_like(m.kl)
+        return float(objective(m.recon, kl, c.beta_max, free_bits=c.free_bits, target_rate=c.target_rate,
+                               recon_scale=c.recon_scale, n_tokens=m.n_tokens).loss)
+
+    def is_stuck(self) -> bool:
+        return bool(self.c.patience) and self.bad >= self.c.patience
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save_state(self) -> None:
+        state = {"step": self.step, "best": self.best, "bad": self.bad, "seconds": self.seconds, "sums": self.sums,
+                 "steered": self.steered, "config": json.dumps(self.config.to_dict()), "model": self.model.state_dict(),
+                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "rng": torch.get_rng_state(),
+                 "average": self.average.state_dict() if self.average else None,
+                 "rng_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None}
+        atomic(self.run_dir / "state.pt", lambda path: torch.save(state, path))
+
+    def resume(self) -> None:
+        path = self.run_dir / "state.pt"
+        if not path.exists():
+            return
+        start_again = "choose another run folder (mtx run --out …), or delete this one to start again"
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as e:  # whatever torch makes of a file that is none of its own
+            raise ValueError(f"{path}: expected a checkpoint of mtxlib.train, got something else "
+                             f"({brief(e)}): {start_again}") from e
+        if not isinstance(state, dict) or "optimizers" not in state:
+            raise ValueError(f"{path} is no checkpoint of this version: {start_again}")
+        ours, theirs = self.config.flat(), Config.from_dict(json.loads(state["config"])).flat()
+        different = [k for k in ours if ours[k] != theirs[k] and k not in ("steps", "threads", "wandb", "data_dir")]
+        if different:
+            k = different[0]
+            raise ValueError(f"{path} was trained with {k} = {theirs[k]!r}, now it is {ours[k]!r}: {start_again}")
+        if state["step"] > self.c.steps:
+            raise ValueError(f"{path} is at step {state['step']}, beyond steps = {self.c.steps}: {start_again}")
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        torch.set_rng_state(state["rng"].cpu())
+        if state["rng_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_cuda"].cpu())
+        for k in ("step", "best", "bad", "seconds", "sums", "steered"):
+            setattr(self, k, state[k])
+        if self.writes:
+            print(f"going on from step {self.step} of {self.c.steps} in {path}")
+
+
+def save_weights(model: MusicVAE, path: Path, config: Config, lengths: np.ndarray) -> None:
+    """Weights as safetensors; the metadata says whose they are and how long the windows were, in tokens."""
+    metadata = {"format": "mtxlib", "config": json.dumps(config.to_dict()), "vocab_size": str(model.vocab_size),
+                "n_bars": str(model.n_bars), "mean_tokens": str(int(lengths.mean())),
+                "most_tokens": str(int(lengths.max()))}
+    atomic(path, lambda p: save_model(model, str(p), metadata=metadata))
+
+
+def write_lines(path: Path, wandb_run, lines: list[dict]) -> None:
+    append(path, map(json.dumps, lines))
+    for line in lines if wandb_run else []:
+        wandb_run.log({f"{line['split']}/{k}": v for k, v in line.items() if k not in ("step", "split")},
+                      step=line["step"])
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl that a killed run wrote after its last checkpoint."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    atomic_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def start_wandb(config: Config, run_dir: Path):
+    """A W&B run with the names of metrics.jsonl, or None. Offline it needs no account."""
+    if config.train.wandb == "off":
+        return None
+    try:
+        import wandb
+    except ImportError:
+        if config.train.wandb == "online":
+            raise
+        print("wandb is not installed: metrics.jsonl alone records this run")
+        return None
+    return wandb.init(project="mtx", name=run_dir.name, dir=str(run_dir), mode=config.train.wandb,
+                      config=config.flat(), settings=wandb.Settings(silent=True, console="off"))
+
+
+@contextmanager
+def interrupted():
+    """Within it, Ctrl-C and SIGTERM only set a flag, so that a step is finished and the state saved."""
+    class Flag:
+        is_set = False
+
+    def handler(number, frame):
+        Flag.is_set = True
+    try:
+        before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        before = {}
+    try:
+        yield Flag
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m mtxlib.train", description="Train a run from its config.json.")
+    parser.add_argument("config", type=Path, help="outputs/<run>/config.json; the run folder is where it lies")
+    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1 …; the GPU if there is one")
+    args = parser.parse_args()
+    if "LOCAL_RANK" in os.environ:  # torchrun
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        weights = train(Config.load(args.config), args.config.parent, args.device)
+        if os.environ.get("RANK", "0") == "0":
+            print(weights)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,377 @@
+"""The model, in the order the data flows: Encoder, Bottleneck, Decoder, MusicVAE.
+
+What is unusual: the latent is a matrix z (B, S, C) whose rows are aligned with the music where the bottleneck is
+`rows` (a row a bar, half bar or beat), and the decoder may read it in two ways. `cross` attends over a memory made of
+all rows. `in` adds, before every layer, a projection of the row a token belongs to and of the next row, as in the
+in-attention of MuseMorphose (Wu & Yang 2021): the token that opens a row is predicted while its input still lies in
+the row before.
+
+B batch, T tokens, D width (d_model), S latent rows, C latent channels, V vocabulary. Masks are predicates: `is_pad`
+(B, T), `is_live` (B, S) for latent rows that belong to the window, `may_attend` in attention. Without padding a window
+gives the same numbers as with it.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtxlib.config import PAD, SLOTS_PER_BAR, ModelConfig
+from mtxlib.model.layers import Cache, DecoderBlock, EncoderBlock, attend, split_heads
+
+LOGVAR_RANGE = (-8.0, 4.0)  # keeps exp(logvar) sane in bf16; a posterior this narrow costs 3.5 nats a dimension
+
+
+class Posterior(NamedTuple):
+    mu: Tensor  # (B, S, C)
+    logvar: Tensor  # (B, S, C)
+    is_live: Tensor  # (B, S)
+
+
+class Output(NamedTuple):
+    logits: Tensor  # (B, T - 1, V), of tokens 1 … T - 1
+    posterior: Posterior
+    z: Tensor  # (B, S, C)
+
+
+class Embedding(nn.Module):
+    """Token plus slot: what it is and when it stands."""
+
+    def __init__(self, vocab_size: int, n_slots: int, d_model: int):
+        super().__init__()
+        self.token, self.slot = nn.Embedding(vocab_size, d_model), nn.Embedding(n_slots, d_model)
+
+    def forward(self, ids: Tensor, slots: Tensor) -> Tensor:
+        return self.token(ids) + self.slot(slots)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: ModelConfig, vocab_size: int, n_slots: int):
+        super().__init__()
+        self.embedding = Embedding(vocab_size, n_slots, config.d_model)
+        self.blocks = nn.ModuleList(EncoderBlock(config.d_model, config.n_heads, config.dropout)
+                                    for _ in range(config.enc_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+
+    def forward(self, ids: Tensor, slots: Tensor, is_pad: Tensor) -> Tensor:
+        """ids, slots, is_pad (B, T) -> (B, T, D)."""
+        may_attend = ~is_pad[:, None, None, :]
+        x = self.embedding(ids, slots)
+        for block in self.blocks:
+            x = block(x, may_attend)
+        return self.norm(x)
+
+
+class Bottleneck(nn.Module):
+    """Encoder states -> posterior; z -> memory. The rows of z are found by `row_of`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head = nn.Linear(config.d_model, 2 * config.latent_channels)
+        self.to_memory = nn.Linear(config.latent_channels, config.d_model) if config.condition != "in" else None
+
+    def pool(self, h: Tensor, slots: Tensor, is_pad: Tensor) -> tuple[Tensor, Tensor]:
+        """h (B, T, D) -> one state a row (B, S, D), is_live (B, S)."""
+        raise NotImplementedError
+
+    def row_of(self, slots: Tensor, start: int = 0) -> Tensor:
+        """The latent row of each token, (B, T); `start` is the index of the first of them in its window."""
+        raise NotImplementedError
+
+    def n_rows(self, n_tokens: int) -> int:
+        """Latent rows of a window of so many tokens."""
+        raise NotImplementedError
+
+    def live_rows(self, z: Tensor) -> Tensor:
+        """Which rows (B, S) of a latent that was filled up with zero rows to a common S carry music."""
+        return torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+
+    def forward(self, h: Tensor, slots: Tensor, is_pad: Tensor) -> Posterior:
+        pooled, is_live = self.pool(h, slots, is_pad)
+        mu, logvar = self.head(pooled).float().chunk(2, dim=-1)
+        return Posterior(mu.masked_fill(~is_live[..., None], 0.0), logvar.clamp(*LOGVAR_RANGE), is_live)
+
+    def memory(self, z: Tensor, is_live: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, S, C) -> what cross attention looks at (B, K, D), and which of it is there (B, K)."""
+        m = self.to_memory(z)
+        return m + sinusoid(m.shape[1], m.shape[2], m), is_live
+
+
+class Rows(Bottleneck):
+    """One row a bar, half bar or beat: attention pooling over the tokens that stand in it.
+
+    Each row has a query of its own place; beside the row's tokens it may look at one learned null token, so that a row
+    without onsets is coded as such. Rows beyond a shorter metre are empty; what a longer bar has beyond 16 sixteenths
+    goes to its last row.
+    """
+
+    def __init__(self, config: ModelConfig, n_slots: int):
+        super().__init__(config)
+        self.slots_per_row = SLOTS_PER_BAR // config.rows_per_bar
+        self.rows = n_slots // self.slots_per_row
+        self.n_heads = config.n_heads
+        self.query = nn.Parameter(0.02 * torch.randn(self.rows, config.d_model))
+        self.null = nn.Parameter(0.02 * torch.randn(config.d_model))
+        self.kv = nn.Linear(config.d_model, 2 * config.d_model, bias=False)
+        self.norm = nn.LayerNorm(config.d_model)
+
+    def row_of(self, slots: Tensor, start: int = 0) -> Tensor:
+        return slots // self.slots_per_row
+
+    def n_rows(self, n_tokens: int) -> int:
+        return self.rows
+
+    def pool(self, h: Tensor, slots: Tensor, is_pad: Tensor) -> tuple[Tensor, Tensor]:
+        B = h.shape[0]
+        row = self.row_of(slots).masked_fill(is_pad, -1)
+        may_attend = row[:, None, :] == torch.arange(self.rows, device=h.device)[:, None]        # (B, S, T)
+        may_attend = F.pad(may_attend, (1, 0), value=True)[:, None]                              # (B, 1, S, 1 + T)
+        h = torch.cat([self.null.to(h.dtype).expand(B, 1, -1), h], dim=1)                        # (B, 1 + T, D)
+        k, v = (split_heads(x, self.n_heads) for x in self.kv(h).chunk(2, dim=-1))               # (B, H, 1 + T, D / H)
+        q = split_heads(self.query.to(k.dtype).expand(B, -1, -1), self.n_heads)                  # (B, H, S, D / H)
+        pooled = self.norm(attend(q, k, v, may_attend))                                          # (B, S, D)
+        return pooled, torch.ones(B, self.rows, dtype=torch.bool, device=h.device)
+
+
+class Conv(Bottleneck):
+    """Strided convolutions over time to a matrix and back: ceil(T / stride) rows, any length, no weight depends on it.
+
+    Padding is zeroed before every convolution, so what lies beyond the last token looks like the edge.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.stride, D = config.conv_stride, config.d_model
+        halvings = int(math.log2(self.stride))
+        self.down = nn.ModuleList(nn.Conv1d(D, D, kernel_size=4, stride=2, padding=1) for _ in range(halvings))
+        self.up = nn.ModuleList(nn.ConvTranspose1d(D, D, kernel_size=4, stride=2, padding=1)
+                                for _ in range(halvings if self.to_memory else 0))
+
+    def row_of(self, slots: Tensor, start: int = 0) -> Tensor:
+        index = torch.arange(start, start + slots.shape[1], device=slots.device)
+        return (index // self.stride).expand(slots.shape)
+
+    def live_rows(self, z: Tensor) -> Tensor:
+        return (z != 0).any(-1)
+
+    def n_rows(self, n_tokens: int) -> int:
+        return -(-n_tokens // self.stride)
+
+    def pool(self, h: Tensor, slots: Tensor, is_pad: Tensor) -> tuple[Tensor, Tensor]:
+        extra = -h.shape[1] % self.stride
+        x, is_live = F.pad(h, (0, 0, 0, extra)).transpose(1, 2), F.pad(~is_pad, (0, extra))      # (B, D, T'), (B, T')
+        x = x * is_live[:, None]
+        for conv in self.down:
+            is_live = is_live[:, ::2] | is_live[:, 1::2]
+            x = F.gelu(conv(x)) * is_live[:, None]
+        return x.transpose(1, 2), is_live
+
+    def memory(self, z: Tensor, is_live: Tensor) -> tuple[Tensor, Tensor]:
+        x = (self.to_memory(z) * is_live[..., None]).transpose(1, 2)
+        for conv in self.up:
+            is_live = is_live.repeat_interleave(2, dim=1)
+            x = F.gelu(conv(x)) * is_live[:, None]
+        m = x.transpose(1, 2)
+        return m + sinusoid(m.shape[1], m.shape[2], m), is_live
+
+
+class Linear1d(Bottleneck):
+    """The whole window to one vector: a linear map over the concatenated states of all positions up to max_tokens."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.max_tokens, narrow = config.max_tokens, 8
+        self.narrow = nn.Linear(config.d_model, narrow)
+        self.flat = nn.Linear(config.max_tokens * narrow, config.d_model)
+
+    def row_of(self, slots: Tensor, start: int = 0) -> Tensor:
+        return torch.zeros_like(slots)
+
+    def n_rows(self, n_tokens: int) -> int:
+        return 1
+
+    def pool(self, h: Tensor, slots: Tensor, is_pad: Tensor) -> tuple[Tensor, Tensor]:
+        if h.shape[1] > self.max_tokens and not is_pad[:, self.max_tokens:].all():
+            raise ValueError(f"linear1d: expected at most max_tokens = {self.max_tokens} tokens, got {h.shape[1]}")
+        h, is_pad = h[:, :self.max_tokens], is_pad[:, :self.max_tokens]
+        x = self.narrow(h).masked_fill(is_pad[..., None], 0.0)                                   # (B, T, 8)
+        x = F.pad(x, (0, 0, 0, self.max_tokens - x.shape[1])).flatten(1)                         # (B, max_tokens * 8)
+        return F.gelu(self.flat(x))[:, None], torch.ones(len(h), 1, dtype=torch.bool, device=h.device)
+
+
+class Linear2d(Bottleneck):
+    """A row a token: the widest latent, an upper bound for all others."""
+
+    def row_of(self, slots: Tensor, start: int = 0) -> Tensor:
+        return torch.arange(start, start + slots.shape[1], device=slots.device).expand(slots.shape)
+
+    def live_rows(self, z: Tensor) -> Tensor:
+        return (z != 0).any(-1)
+
+    def n_rows(self, n_tokens: int) -> int:
+        return n_tokens
+
+    def pool(self, h: Tensor, slots: Tensor, is_pad: Tensor) -> tuple[Tensor, Tensor]:
+        return h, ~is_pad
+
+
+def make_bottleneck(config: ModelConfig, n_slots: int) -> Bottleneck:
+    if config.bottleneck == "rows":
+        return Rows(config, n_slots)
+    return {"conv": Conv, "linear1d": Linear1d, "linear2d": Linear2d}[config.bottleneck](config)
+
+
+class Decoding:
+    """What stays while a batch is decoded: z, its projections for cross attention and, with caches, what each layer
+    adds for each row (B, S + 1, layers * D)."""
+
+    def __init__(self, z: Tensor, told: Tensor | None, keys_values: list, may_attend: Tensor | None,
+                 caches: list[Cache] | None):
+        self.z, self.told, self.keys_values, self.may_attend, self.caches = z, told, keys_values, may_attend, caches
+
+    @property
+    def length(self) -> int:
+        """Tokens read so far."""
+        return self.caches[0].length if self.caches else 0
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with the sequences at `rows` only."""
+        self.z, self.told = self.z[rows], self.told[rows] if self.told is not None else None
+        self.keys_values = [kv and (kv[0][rows], kv[1][rows]) for kv in self.keys_values]
+        self.may_attend = self.may_attend[rows] if self.may_attend is not None else None
+        for cache in self.caches or []:
+            cache.keep(rows)
+
+
+class Decoder(nn.Module):
+    """Causal, told of z by cross attention and by rows added at every layer; without a latent, a language model."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, n_slots: int):
+        super().__init__()
+        condition = "nothing" if config.bottleneck == "none" else config.condition
+        self.embedding = Embedding(vocab_size, n_slots, config.d_model)
+        self.blocks = nn.ModuleList(DecoderBlock(config.d_model, config.n_heads, config.dropout,
+                                                 cross=condition in ("cross", "both"))
+                                    for _ in range(config.dec_layers))
+        self.add_rows = nn.ModuleList(nn.Linear(2 * config.latent_channels, config.d_model, bias=False)
+                                      for _ in range(config.dec_layers if condition in ("in", "both") else 0))
+        self.norm = nn.LayerNorm(config.d_model)
+        self.head = nn.Linear(config.d_model, vocab_size, bias=False)
+        if config.tie_weights:
+            self.head.weight = self.embedding.token.weight
+
+    def forward(self, ids: Tensor, slots: Tensor, added: list[Tensor], decoding: Decoding) -> Tensor:
+        """ids, slots (B, T) and what each layer adds of z (B, T, D) -> logits (B, T, V) of the tokens that follow."""
+        x = self.embedding(ids, slots)                                                           # (B, T, D)
+        for i, block in enumerate(self.blocks):
+            if added:
+                x = x + added[i]                                                                 # (B, T, D)
+            x = block(x, decoding.keys_values[i], decoding.may_attend, decoding.caches and decoding.caches[i])
+        return self.head(self.norm(x))                                                           # (B, T, V)
+
+
+class MusicVAE(nn.Module):
+    share = (0, 1)  # rank and number of the processes that train on parts of a batch: each draws the noise of the whole
+
+    def __init__(self, config: ModelConfig, vocab_size: int, n_bars: int):
+        super().__init__()
+        self.config, self.vocab_size, self.n_bars = config, vocab_size, n_bars
+        n_slots = n_bars * SLOTS_PER_BAR
+        has_latent = config.bottleneck != "none"
+        self.encoder = Encoder(config, vocab_size, n_slots) if has_latent else None
+        self.bottleneck = make_bottleneck(config, n_slots) if has_latent else None
+        self.decoder = Decoder(config, vocab_size, n_slots)
+        self.apply(init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith(("out.weight", "mlp.down.weight")):  # residual branches start small (GPT-2)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.dec_layers))
+
+    def encode(self, ids: Tensor, slots: Tensor) -> Posterior:
+        """ids, slots (B, T) -> the posterior of z, (B, S, C); without a bottleneck S is 0."""
+        if self.encoder is None:
+            empty = torch.zeros(len(ids), 0, self.config.latent_channels, device=ids.device)
+            return Posterior(empty, empty, torch.ones(len(ids), 0, dtype=torch.bool, device=ids.device))
+        is_pad = ids == PAD
+        return self.bottleneck(self.encoder(ids, slots, is_pad), slots, is_pad)
+
+    def reparameterize(self, posterior: Posterior, generator: torch.Generator | None = None) -> Tensor:
+        """One sample of the posterior (Kingma 2013); a plain autoencoder has none and takes the mean."""
+        if not self.config.variational:
+            return posterior.mu
+        rank, world = self.share if self.training else (0, 1)
+        noise = posterior.mu.new_empty(world, *posterior.mu.shape).normal_(generator=generator)[rank]
+        return posterior.mu + noise * (0.5 * posterior.logvar).exp()
+
+    def decode(self, ids: Tensor, slots: Tensor, z: Tensor, is_live: Tensor) -> Tensor:
+        """Teacher forcing: ids, slots (B, T) -> logits (B, T, V) of the tokens that follow."""
+        return self.proceed(ids, slots, self.begin(z, is_live))
+
+    def forward(self, ids: Tensor, slots: Tensor, enc_ids: Tensor | None = None,
+                dec_ids: Tensor | None = None) -> Output:
+        """ids, slots (B, T); `enc_ids`, `dec_ids` are the same with token dropout, where it is on."""
+        enc_ids, dec_ids = ids if enc_ids is None else enc_ids, ids if dec_ids is None else dec_ids
+        posterior = self.encode(enc_ids, slots)                                                  # (B, S, C)
+        z = self.reparameterize(posterior)                                                       # (B, S, C)
+        logits = self.decode(dec_ids[:, :-1], slots[:, :-1], z, posterior.is_live)               # (B, T - 1, V)
+        return Output(logits, posterior, z)
+
+    def begin(self, z: Tensor, is_live: Tensor, size: int = 0) -> Decoding:
+        """Project z (B, S, C) for the decoder once; with `size`, make caches for so many tokens."""
+        # No noise from beyond a window's end, or its last token would hear it.
+        z = z.masked_fill(~is_live[..., None], 0.0).to(self.decoder.head.weight.dtype)
+        keys_values, may_attend, blocks = [None] * len(self.decoder.blocks), None, self.decoder.blocks
+        if blocks[0].cross is not None:
+            memory, is_there = self.bottleneck.memory(z, is_live)
+            keys_values = [block.cross.keys_values(memory) for block in blocks]
+            may_attend = is_there[:, None, None, :]
+        heads, channels = self.config.n_heads, self.config.d_model // self.config.n_heads
+        caches = [Cache(len(z), heads, size, channels, self.decoder.head.weight) for _ in blocks] if size else None
+        told = None
+        if caches and self.decoder.add_rows:  # few tokens are read at a time: all rows are projected once instead
+            told = torch.cat([project(with_next(z)) for project in self.decoder.add_rows], dim=-1)
+        return Decoding(z, told, keys_values, may_attend, caches)
+
+    def proceed(self, ids: Tensor, slots: Tensor, decoding: Decoding) -> Tensor:
+        """Logits (B, T, V) after ids (B, T); with caches, ids continue what was read before."""
+        if decoding.told is not None:
+            rows = take_rows(decoding.told, self.bottleneck.row_of(slots, decoding.length))
+            added = rows.split(self.config.d_model, dim=-1)
+        else:
+            rows = self.rows_at(decoding.z, slots, 0) if self.decoder.add_rows else None
+            added = [project(rows) for project in self.decoder.add_rows]
+        return self.decoder(ids, slots, added, decoding)
+
+    def rows_at(self, z: Tensor, slots: Tensor, start: int) -> Tensor:
+        """Each token's own row of z and the next, zeros after the last: (B, T, 2C)."""
+        return take_rows(with_next(z), self.bottleneck.row_of(slots, start))
+
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+def with_next(z: Tensor) -> Tensor:
+    """Each row of z (B, S, C) and the one after it, zeros where there is none: (B, S + 1, 2C)."""
+    z = F.pad(z, (0, 0, 0, 2))
+    return torch.cat([z[:, :-1], z[:, 1:]], dim=-1)
+
+
+def take_rows(rows: Tensor, at: Tensor) -> Tensor:
+    """rows (B, S, C), at (B, T) -> (B, T, C); the last of them for all beyond."""
+    return rows.gather(1, at.clamp(max=rows.shape[1] - 1)[..., None].expand(-1, -1, rows.shape[2]))
+
+
+def init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02 if isinstance(module, nn.Embedding) else module.weight.shape[1] ** -0.5)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def sinusoid(length: int, d_model: int, like: Tensor) -> Tensor:
+    """Sines and cosines of positions 0 … length - 1 (Vaswani 2017), (length, D)."""
+    half = d_model // 2
+    period = 10_000 ** (torch.arange(half, device=like.device) / half)
+    angle = torch.arange(length, device=like.device)[:, None] / period
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).to(like.dtype)

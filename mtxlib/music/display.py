@@ -1,0 +1,250 @@
+"""A score seen and heard: piano roll, sound, and the page of samples, all offline.
+
+Every function takes a `symusic.Score` in ticks and leaves it as it was. What is unusual:
+- The four choral voices are known by their programs (VOICES), so they keep name, colour and order however the tracks
+  are sorted.
+- symusic's synthesizer plays most programs of the soundfont out of tune, by up to two octaves (its issue 55), and hangs
+  or crashes on some, so all voices sound as one program that was measured; it stops notes dead, so a room is added.
+"""
+
+import base64
+import importlib.util
+import io
+import re
+from functools import cache
+from html import escape
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+import symusic
+from IPython import get_ipython
+from IPython.display import SVG, Audio
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+from mtxlib.files import atomic
+from mtxlib.music.notation import bars_of, musicxml, named_voices, notation
+from mtxlib.music.score import VOICES
+
+PALETTE = [sns.color_palette("colorblind")[i] for i in (0, 1, 2, 4, 3, 5, 6, 7, 8, 9)]  # four that differ first
+GAP = 0.06  # quarters left free after a rectangle of the piano roll
+PIANO = 5  # electric piano: in tune from C2 to C6, speaks at once, holds its level
+RATE = 22050  # samples a second
+OVERSAMPLING = 4  # the synthesizer rounds loops to samples: at 88 kHz C2 to C6 lie within 10 cents, at 22 kHz within 40
+NOTATED = 16  # bars of a long score that a page notates
+ROOM = 1.0  # seconds in which the echo falls by 60 dB; the sound ends this long after the last note
+
+
+def set_style() -> None:
+    """The look of every figure; a notebook calls it once."""
+    sns.set_theme(style="ticks", palette=PALETTE, rc={"axes.spines.top": False, "axes.spines.right": False})
+    if get_ipython():  # music21 sets this when it is imported: here it holds for all figures from the start
+        set_matplotlib_formats("retina")
+
+
+def voice_colours(n: int) -> list[tuple[float, float, float]]:
+    """n distinct colours: the palette as far as it goes, evenly spaced hues beyond."""
+    return list(PALETTE[:n] if n <= len(PALETTE) else sns.husl_palette(n))
+
+
+def _draw(ax, score, title, bars=None) -> tuple[int, int]:
+    """Draw the notes and the bars; return the lowest and the highest pitch."""
+    grid, quarter, pitches = bars_of(score), score.tpq, []
+    first, last = bars if isinstance(bars, tuple) else (1, bars or len(grid))
+    shown = grid[first - 1:last]
+    if first < 1 or not shown:
+        raise ValueError(f"bars: expected bars between 1 and {len(grid)}, got {bars}")
+    colours = voice_colours(max(len(VOICES), len(score.tracks)))
+    for name, place, track in named_voices(score):
+        notes = [n for n in track.notes if n.start < shown[-1][1] and n.end > shown[0][0]]
+        widths = [n.duration / quarter - min(GAP, n.duration / quarter / 4) for n in notes]
+        ax.barh([n.pitch for n in notes], widths,
+                left=[n.start / quarter for n in notes], height=0.8, color=colours[place],
+                alpha=0.85, linewidth=0, zorder=2, label=name)
+        pitches += [n.pitch for n in notes]
+    if not pitches:
+        ax.text(0.5, 0.5, "no notes", transform=ax.transAxes, ha="center", va="center")
+    lines, step = [bar[0] / quarter for bar in shown], -(-len(shown) // 16)
+    ax.set_xticks(lines, minor=True)
+    ax.set_xticks(lines[::step], range(first, first + len(shown), step))
+    ax.grid(which="both", color="0.85")
+    ax.tick_params(axis="x", which="both", length=0)
+    ax.set(xlim=(lines[0], shown[-1][1] / quarter), xlabel="bar", ylabel="pitch")
+    ax.set_title(title, loc="left")
+    return min(pitches, default=48), max(pitches, default=72)
+
+
+def _pitch_axis(ax, low: int, high: int) -> None:
+    named = {0: "C", 4: "E", 7: "G"} if high - low <= 40 else {0: "C"}
+    ticks = [p for p in range(low - 2, high + 3) if p % 12 in named]
+    ax.set_yticks(ticks, [f"{named[p % 12]}{p // 12 - 1}" for p in ticks])
+    ax.set_ylim(low - 2.5, high + 2.5)
+
+
+def piano_roll(score, ax=None, title: str = "", bars: int | tuple[int, int] | None = None) -> plt.Axes:
+    """One rectangle a note, one colour a voice; time in bars counted from 1, pitch by name (C4 is middle C).
+
+    bars: how many bars to show from the start, or (first, last), both included; None shows all. Raises ValueError if
+    the score has no such bar.
+    """
+    ax = ax or plt.subplots(figsize=(10, 3.6))[1]
+    _pitch_axis(ax, *_draw(ax, score, title, bars))
+    if ax.patches:
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return ax
+
+
+def piano_rolls(scores, titles, columns: int = 3, bars: int | None = None) -> plt.Figure:
+    """A grid of piano rolls on one pitch axis, `bars` of each. The figure is closed in pyplot, so that a cell shows it
+    only once."""
+    columns = min(columns, len(scores))
+    fig, axes = plt.subplots(-(-len(scores) // columns), columns, sharey=True, squeeze=False, layout="constrained")
+    fig.set_size_inches(4.2 * columns + 1, 2.8 * len(axes))
+    ranges = [_draw(ax, *pair, bars) for ax, pair in zip(axes.flat, zip(scores, titles, strict=True), strict=False)]
+    _pitch_axis(axes[0, 0], min(r[0] for r in ranges), max(r[1] for r in ranges))
+    handles = {name: h for ax in axes.flat for h, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if handles:
+        fig.legend(handles.values(), handles, loc="outside right upper", frameon=False)
+    for ax in axes[:, 1:].flat:
+        ax.set_ylabel("")
+    for ax in axes.flat[len(scores):]:
+        ax.set_axis_off()
+    plt.close(fig)
+    return fig
+
+
+def redraw(fig: plt.Figure, number: int, score, title: str, bars: int | None = None) -> None:
+    """Put another score into one of `piano_rolls`, in half the time of a new figure. The pitch axis grows where it must
+    and never shrinks."""
+    if fig.get_layout_engine():
+        fig.draw_without_rendering()  # lays it out, once and for all
+        fig.set_layout_engine("none")
+    ax, (low, high) = fig.axes[number], fig.axes[0].get_ylim()
+    label = ax.get_ylabel()
+    ax.clear()
+    lowest, highest = _draw(ax, score, title, bars)
+    ax.set_ylabel(label)
+    _pitch_axis(fig.axes[0], min(lowest, round(low + 2.5)), max(highest, round(high - 2.5)))
+
+
+def png(fig: plt.Figure, dpi: int = 130) -> bytes:
+    """The figure as PNG with a palette, a third of the size of the same in true colour."""
+    from PIL import Image
+
+    buffer, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(buffer, dpi=dpi)
+    Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "PNG")
+    return small.getvalue()
+
+
+@cache
+def _synthesizer():
+    folder = importlib.util.find_spec("pretty_midi").submodule_search_locations[0]  # found, not imported
+    return symusic.Synthesizer(Path(folder) / "TimGM6mb.sf2", OVERSAMPLING * RATE, 4)
+
+
+def waveform(score) -> tuple[np.ndarray, int]:
+    """(samples, rate): the score as float32 mono, peak 0.9, ending ROOM seconds after the last note.
+
+    Every pitched track sounds as the same electric piano, velocities are ignored, notes above C8 are silent. A score
+    without notes gives a second of silence.
+    """
+    if not any(t.notes for t in score.tracks):
+        return np.zeros(RATE, np.float32), RATE
+    score = score.copy()
+    for track in score.tracks:
+        track.program = 0 if track.is_drum else PIANO
+    dry = _synthesizer().render(score, stereo=False)[0]
+    time = np.arange(int(ROOM * RATE)) / RATE
+    room = np.random.default_rng(0).standard_normal(len(time)) * 10 ** (-3 * time / ROOM)  # decaying noise
+    room *= 0.3 / np.linalg.norm(room)
+    room[0] += 1
+    length = len(dry) // OVERSAMPLING + len(room)
+    size = 1 << length.bit_length()
+    spectrum = np.fft.rfft(dry, OVERSAMPLING * size)[:size // 2 + 1]  # the lower part of the band: back to RATE
+    wet = np.fft.irfft(spectrum * np.fft.rfft(room, size))[:length]
+    return (0.9 / (np.abs(wet).max() or 1) * wet).astype(np.float32), RATE
+
+
+def _ogg(samples: np.ndarray, rate: int) -> bytes:
+    import soundfile
+
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", rate, 1, format="OGG", subtype="VORBIS") as file:
+        for i in range(0, len(samples), rate):  # libsndfile's Vorbis encoder crashes on a single write of two minutes
+            file.write(samples[i:i + rate])
+    return buffer.getvalue()
+
+
+def save(score, path: str | Path) -> None:
+    """Write MusicXML where the name ends in .musicxml, else MIDI; atomic."""
+    is_xml = Path(path).suffix == ".musicxml"
+    atomic(path, (lambda p: p.write_text(musicxml(score))) if is_xml else score.dump_midi)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>
+:root {{color-scheme: light dark}}
+body {{font: 16px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem}}
+h1, h2 {{font-weight: 600; line-height: 1.2}}
+h2 {{margin-top: 2.5rem; padding-top: 1rem; border-top: 1px solid #8884}}
+figure {{margin: 1.5rem 0 2rem}}
+figcaption {{display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: center}}
+figcaption b {{flex: 1 1 14rem}}
+audio {{height: 36px; width: 320px}}
+img {{display: block; max-width: 100%; margin-top: .5rem; background: white; border-radius: 4px}}
+@media (prefers-color-scheme: dark) {{img {{filter: invert(.88) hue-rotate(180deg)}}}}
+</style></head><body><h1>{title}</h1><p>{intro}</p>
+{body}</body></html>
+"""
+
+
+def page(path: str | Path, title: str, intro: str, sections: dict[str, list[tuple[str, symusic.Score]]]) -> None:
+    """Write one HTML file that needs no kernel and no network: for each (caption, score) of each section a player, the
+    piano roll, the notation and a link that saves its MIDI, all inside the file. Atomic.
+
+    Only the first NOTATED bars of a score are notated: they take 20 KB each.
+    """
+    body = []
+    for heading, items in sections.items():
+        body.append(f"<h2>{escape(heading)}</h2>")
+        for caption, score in items:
+            figure = piano_rolls([score], [""])
+            figure.set_size_inches(9.6, 2.4)
+            name = re.sub(r"[^\w.,=+-]+", "_", caption)
+            body.append(
+                f"<figure><figcaption><b>{escape(caption)}</b>{player(score)}"
+                f'<a download="{name}.mid" href="{_uri("audio/midi", score.dumps_midi())}">MIDI</a></figcaption>'
+                f'<img alt="piano roll" src="{_uri("image/png", png(figure, 100))}">'
+                f'<img alt="notation" src="{_uri("image/svg+xml", notation(score, NOTATED).encode())}"></figure>')
+    text = PAGE.format(title=escape(title), intro=escape(intro), body="\n".join(body))
+    atomic(path, lambda p: p.write_text(text))
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def save_ogg(score, path: str | Path) -> Path:
+    """Write the sound of the score as OGG Vorbis, about 6 KB a second; atomic."""
+    data = _ogg(*waveform(score))
+    atomic(path, lambda p: p.write_bytes(data))
+    return Path(path)
+
+
+def player(score, autoplay: bool = False) -> str:
+    """An <audio> element with the sound inside."""
+    return f'<audio controls{" autoplay" * autoplay} src="{_uri("audio/ogg", _ogg(*waveform(score)))}"></audio>'
+
+
+def audio(score) -> Audio:
+    """A player with the sound inside the notebook."""
+    player = Audio(_ogg(*waveform(score)))
+    player.mimetype = "audio/ogg"
+    return player
+
+
+def show_notation(score) -> SVG:
+    return SVG(notation(score))

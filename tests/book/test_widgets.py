@@ -1,0 +1,183 @@
+"""The widgets without a browser: a value that is set calls what a hand on the slider would."""
+
+import shutil
+from datetime import datetime
+
+import numpy as np
+import pytest
+import torch
+from symusic import Note, Score, Track
+
+from mtxlib.book import widgets
+from mtxlib.music import notation
+from mtxlib.music.metrics import ATTRIBUTES
+from mtxlib.run import load_run
+
+BAR = 4 * 480
+
+
+@pytest.fixture
+def own(run_dir, tmp_path):
+    """The run of a few steps in a folder that may be written into; it notes what it is asked to decode."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    run = load_run(tmp_path / "run", "cpu")
+    run.asked = []
+    decode = run.decode
+    run.decode = lambda z, *a, **k: run.asked.append(z) or decode(z, *a, **k)
+    return run
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Few steps, and notation, which its own tests look at, only counts the notes."""
+    monkeypatch.setattr(widgets, "STEPS", 5)
+    monkeypatch.setattr(notation, "notation", lambda score, bars=None: f"<svg>{score.note_num()} {bars}</svg>")
+
+
+def seen(studio) -> tuple:
+    return bytes(studio.picture.value), studio.sound.value, bytes(studio.notation.value)
+
+
+def said(studio) -> str:
+    return studio.status.value.partition(">")[2].removesuffix("</span>")
+
+
+def midi(bars: int, programs=(52, 53, 54, 42)) -> bytes:
+    score = Score(480)
+    for i, program in enumerate(programs):
+        score.tracks.append(Track("", program, False))
+        score.tracks[i].notes.extend([Note(bar * BAR, BAR, 72 - 7 * i + bar % 5, 80) for bar in range(bars)])
+    return score.dumps_midi()
+
+
+def upload(chooser, name: str, content: bytes) -> None:
+    chooser.upload.value = ({"name": name, "type": "", "size": len(content), "content": memoryview(content),
+                             "last_modified": datetime.now()},)
+
+
+def test_the_slider_shows_what_morph_makes(own, pieces):
+    m = widgets.Morph(own, pieces)
+    assert bytes(m.picture.value).startswith(b"\x89PNG") and "data:audio/ogg;base64," in m.sound.value
+    [z] = own.asked
+    assert len(z) == widgets.STEPS  # all at once
+    first = seen(m)
+    for alpha in (0.0, 0.25, 1.0):
+        m.alpha.value = alpha
+        assert seen(m)[0] != first[0]
+        assert m.score == own.morph(*own.encode_windows([m.a.window, m.b.window]), alpha)
+    del own.asked[:]
+    m.alpha.value = 0.5
+    assert seen(m) == first and not own.asked and said(m) == ""
+
+
+def test_a_change_of_what_is_mixed_decodes_all_steps_once(own, pieces):
+    m = widgets.Morph(own, pieces)
+    for widget, value in ((m.a.piece, list(m.a.music)[3]), (m.b.bars, 2), (m.temperature, 1.0), (m.seed, 5)):
+        before, _ = seen(m), own.asked.clear()
+        widget.value = value
+        assert [len(z) for z in own.asked] == [widgets.STEPS] and m.alpha.value == 0.5 and seen(m) != before
+        z = own.encode_windows([m.a.window, m.b.window])
+        assert torch.equal(own.asked[0][0], z[0]) and torch.equal(own.asked[0][-1], z[1])
+
+
+def test_bar_by_bar(own, pieces):
+    m = widgets.Morph(own, pieces)
+    m.mode.value = True
+    assert m.alpha.layout.display == "none" and m.by_bar.layout.display == ""
+    own.asked.clear()
+    alphas = np.linspace(0, 1, own.n_bars).round(2).tolist()
+    m.set_bars(alphas)
+    assert len(own.asked) == 1 and [dial.value for dial in m.bars] == alphas
+    pair = own.encode_windows([m.a.window, m.b.window])
+    assert m.score == own.morph(*pair, alphas) and f"at_{alphas[0]:.2f}_{alphas[1]:.2f}" in m.name
+    m.swap(m.bars[0])
+    assert m.bars[0].value == 1 and m.score == own.morph(*pair, [1.0, *alphas[1:]])
+    m.mode.value = False
+    assert m.name.endswith("at_0.50")
+
+
+BAD = (  # name, content, how the sentence begins
+    ("notes.txt", b"no music at all", "notes.txt: not MIDI"), ("a.mid", b"", "a.mid: empty"),
+    ("cut.mid", midi(8)[:60], "cut.mid: broken"), ("silent.mid", Score(480).dumps_midi(), "silent.mid: no notes"),
+    ("short.mid", midi(1), "short.mid: expected the"), ("duo.mid", midi(8, (0, 1)), "duo.mid: expected voices with"),
+    ("<b>.xml", b"<score-partwise/>", "&lt;b&gt;.xml: "),
+)
+
+
+def test_a_bad_upload_gets_one_sentence_and_costs_nothing(own, pieces):
+    m = widgets.Morph(own, pieces)
+    before, music, _ = seen(m), dict(m.a.music), own.asked.clear()
+    for name, content, message in BAD:
+        upload(m.a, name, content)
+        assert said(m).startswith(message) and "\n" not in said(m) and "Traceback" not in said(m)
+        assert seen(m) == before and m.a.music == music and m.a.piece.index == 0 and not own.asked
+    m.alpha.value = 1.0
+    assert said(m) == "" and seen(m) != before
+
+
+def test_an_upload_is_chosen_and_can_be_replaced(own, pieces):
+    m = widgets.Morph(own, pieces)
+    m.b.piece.index = 4
+    for bars in (9, 7):
+        own.asked.clear()
+        upload(m.b, "mine.mid", midi(bars))
+        assert m.b.piece.value == "mine.mid" and len(m.b.bars.options) == bars - own.n_bars + 1
+        assert m.b.window.note_num() == 4 * own.n_bars and said(m) == ""
+        assert len(own.asked) == (bars == 9)  # the same window is not decoded again
+    m.b.bars.index = 1
+    assert m.name.startswith("morph") and f"to_mine.mid_bars_2-{own.n_bars + 1}_at_0.50" in m.name
+    m.b.piece.index = 5
+    assert m.b.piece.value in m.name.replace("_", " ") or "piece" in m.name
+
+
+def test_saving_never_overwrites_and_says_where_or_why_not(own, pieces):
+    m, samples = widgets.Morph(own, pieces), own.folder / "samples"
+    for path in (samples / f"{m.name}.mid", samples / f"{m.name}_2.mid"):
+        m.save(".mid")
+        assert said(m) == f"Saved as {path}"
+        assert Score(path).note_num() == m.score.note_num() > 0
+    m.save(".musicxml")
+    assert "<score-partwise" in (samples / f"{m.name}.musicxml").read_text()
+    shutil.rmtree(samples)
+    samples.write_text("a file in the way")
+    m.save(".mid")
+    assert "File exists" in said(m)
+
+
+def test_steering_moves_along_the_directions_and_measures(own, pieces):
+    s = widgets.Steer(own, pieces)
+    assert list(s.dials) == list(ATTRIBUTES)
+    before, z = seen(s), own.encode_windows([s.piece.window])
+    s.dials["register"].value = 2.0
+    [score] = own.decode(own.directions().move(z, {"register": 2.0}))
+    assert s.score == score and seen(s)[0] != before[0] and "register+2.00" in s.name
+    assert s.measured["register"].value.endswith(f"→ {ATTRIBUTES['register'](score):.2f}")
+    s.reset()
+    assert seen(s)[0] == before[0] and s.dials["register"].value == 0
+
+
+def test_composing(own, pieces):
+    c = widgets.Compose(own, pieces)
+    assert c.result.layout.display == "none"
+    c.length.value, c.seed.value = 8, 3
+    c.compose()
+    assert c.score == own.generate(8, 3, 1.0, top_p=widgets.TOP_P)
+    assert c.result.layout.display == "" and "seed_3" in c.name
+    c.prompt.piece.index = 1
+    shown = seen(c)
+    c.compose()
+    assert "learned prior" in said(c) and seen(c) == shown
+
+
+def test_all_three_and_steering_when_it_is_opened(own, pieces):
+    tab = widgets.play(own, pieces)
+    assert tab.titles == ("Morph", "Compose", "Steer") and not (own.folder / "directions.safetensors").exists()
+    tab.selected_index = 2
+    assert isinstance(tab.children[2], widgets.Steer) and (own.folder / "directions.safetensors").exists()
+
+
+def test_pieces_shorter_than_a_window_are_not_offered(own, pieces):
+    offered = [p for p in pieces if p.bars >= own.n_bars]
+    assert len(widgets.Morph(own, pieces).a.music) == len(offered) < len(pieces)
+    with pytest.raises(ValueError, match="expected one of"):
+        widgets.Morph(own, [p for p in pieces if p not in offered])
