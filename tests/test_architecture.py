@@ -17,7 +17,7 @@ ORDER = (  # a file imports only from those above it
     "train",
     "latent.decode", "latent.interpolate", "latent.compose", "latent.attributes", "latent.diagnose",
     "run",
-    "book.notebooks", "book.cluster", "book.sweep", "book.widgets", "book.cli",
+    "book.setup", "book.notebooks", "book.cluster", "book.sweep", "book.widgets", "book.cli",
 )
 CORE = ("files", "config", "data.store", *(name for name in ORDER if name.startswith("model.")), "train")
 CORE_MAY_IMPORT = {"mtxlib", "torch", "numpy", "safetensors", "tqdm", *sys.stdlib_module_names}
