@@ -110,8 +110,9 @@ class Run:
         known = set(self.codec.tokenizer.config.programs)
         alien = sorted({-1 if t.is_drum else t.program for t in score.tracks if len(t.notes)} - known)
         if alien:
-            raise ValueError(f"{name_of(music)}: expected voices with the programs {sorted(known)} (four voices of a "
-                             f"chorale get them by themselves), got {alien}")
+            raise ValueError(f"{name_of(music)}: expected voices with the programs {sorted(known)}, which this run "
+                             f"learned from, got {alien} (-1 is drums; four parts without drums are read as soprano, "
+                             "alto, tenor and bass)")
         return score
 
     def windows(self, music: Music) -> tuple[Score, list[int], list[Score]]:
