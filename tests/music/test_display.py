@@ -1,4 +1,4 @@
-"""mtxlib.show against what the tests build by hand, and against music21 as an independent reader."""
+"""mtxlib.music.display against what the tests build by hand, and against music21 as an independent reader."""
 
 import base64
 import io
