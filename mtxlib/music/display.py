@@ -3,19 +3,21 @@
 Every function takes a `symusic.Score` in ticks and leaves it as it was. What is unusual:
 - The four choral voices are known by their programs (VOICES), so they keep name, colour and order however the tracks
   are sorted.
-- symusic's synthesizer plays most programs of the soundfont out of tune, by up to two octaves (its issue 55), and hangs
-  or crashes on some, so all voices sound as one program that was measured; it stops notes dead, so a room is added.
+- Sound comes from `midirenderer`: symusic's synthesizer plays most programs out of tune, by up to two octaves (its
+  issue 55), and hangs or crashes on some.
 """
 
 import base64
 import importlib.util
 import io
 import re
+import wave
 from functools import cache
 from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import midirenderer
 import numpy as np
 import seaborn as sns
 import symusic
@@ -29,11 +31,11 @@ from mtxlib.music.score import VOICES
 
 PALETTE = [sns.color_palette("colorblind")[i] for i in (0, 1, 2, 4, 3, 5, 6, 7, 8, 9)]  # four that differ first
 GAP = 0.06  # quarters left free after a rectangle of the piano roll
-PIANO = 5  # electric piano: in tune from C2 to C6, speaks at once, holds its level
-RATE = 22050  # samples a second
-OVERSAMPLING = 4  # the synthesizer rounds loops to samples: at 88 kHz C2 to C6 lie within 10 cents, at 22 kHz within 40
+RATE = 48000  # samples a second, as the renderer makes them
+CHANNELS = 15  # of MIDI's 16 one is the drums'
+LOUDNESS = 0.1  # root mean square of what sounds
+TAIL = 1.0  # seconds in which the last notes fade
 NOTATED = 16  # bars of a long score that a page notates
-ROOM = 1.0  # seconds in which the echo falls by 60 dB; the sound ends this long after the last note
 
 
 def set_style() -> None:
@@ -139,39 +141,42 @@ def png(fig: plt.Figure, dpi: int = 130) -> bytes:
 
 
 @cache
-def _synthesizer():
+def _soundfont() -> bytes:
     folder = importlib.util.find_spec("pretty_midi").submodule_search_locations[0]  # found, not imported
-    return symusic.Synthesizer(Path(folder) / "TimGM6mb.sf2", OVERSAMPLING * RATE, 4)
+    return Path(folder, "TimGM6mb.sf2").read_bytes()
 
 
 def waveform(score) -> tuple[np.ndarray, int]:
-    """(samples, rate): the score as float32 mono, peak 0.9, ending ROOM seconds after the last note.
+    """(samples, rate): the score as float32 mono, ending TAIL seconds after the last note: programs, drums, velocities,
+    tempo changes and pedals as the file has them.
 
-    Every pitched track sounds as the same electric piano, velocities are ignored, notes above C8 are silent. A score
-    without notes gives a second of silence.
+    All scores sound equally loud, LOUDNESS while something sounds, but no peak exceeds 0.9. A score without notes gives
+    a second of silence.
     """
-    if not any(t.notes for t in score.tracks):
+    tracks = [t for t in score.tracks if t.notes]
+    if not tracks:
         return np.zeros(RATE, np.float32), RATE
-    score = score.copy()
-    for track in score.tracks:
-        track.program = 0 if track.is_drum else PIANO
-    dry = _synthesizer().render(score, stereo=False)[0]
-    time = np.arange(int(ROOM * RATE)) / RATE
-    room = np.random.default_rng(0).standard_normal(len(time)) * 10 ** (-3 * time / ROOM)  # decaying noise
-    room *= 0.3 / np.linalg.norm(room)
-    room[0] += 1
-    length = len(dry) // OVERSAMPLING + len(room)
-    size = 1 << length.bit_length()
-    spectrum = np.fft.rfft(dry, OVERSAMPLING * size)[:size // 2 + 1]  # the lower part of the band: back to RATE
-    wet = np.fft.irfft(spectrum * np.fft.rfft(room, size))[:length]
-    return (0.9 / (np.abs(wet).max() or 1) * wet).astype(np.float32), RATE
+    score, sound, end = score.copy(), 0, max(n.end for t in tracks for n in t.notes)
+    tempos = sorted((t for t in score.tempos if t.time <= end), key=lambda t: t.time) or [symusic.Tempo(0, 120)]
+    # The renderer stops dead at the last event: a tempo that changes nothing lets the last notes ring.
+    score.tempos = [*tempos, symusic.Tempo(end + round(TAIL * tempos[-1].qpm / 60 * score.tpq), tempos[-1].qpm)]
+    for i in range(0, len(tracks), CHANNELS):  # more tracks would share a channel, and with it the program
+        score.tracks = tracks[i:i + CHANNELS]
+        with wave.open(io.BytesIO(midirenderer.render_wave_from(_soundfont(), score.dumps_midi()))) as file:
+            stereo = np.frombuffer(file.readframes(file.getnframes()), np.int16).reshape(-1, 2)
+        sound = sound + stereo.mean(axis=1, dtype=np.float32)
+    sound[-int(TAIL * RATE):] *= np.linspace(1, 0, int(TAIL * RATE), dtype=np.float32)
+    peak = np.abs(sound).max()
+    sounding = sound[np.abs(sound) > peak / 100]
+    level = np.sqrt(np.mean(sounding ** 2)) if len(sounding) else 1
+    return sound * np.float32(min(LOUDNESS / level, 0.9 / max(peak, 1e-9))), RATE
 
 
 def _ogg(samples: np.ndarray, rate: int) -> bytes:
     import soundfile
 
     buffer = io.BytesIO()
-    with soundfile.SoundFile(buffer, "w", rate, 1, format="OGG", subtype="VORBIS") as file:
+    with soundfile.SoundFile(buffer, "w", rate, 1, format="OGG", subtype="VORBIS", compression_level=0.9) as file:
         for i in range(0, len(samples), rate):  # libsndfile's Vorbis encoder crashes on a single write of two minutes
             file.write(samples[i:i + rate])
     return buffer.getvalue()
@@ -228,7 +233,7 @@ def _uri(kind: str, data: bytes) -> str:
 
 
 def save_ogg(score, path: str | Path) -> Path:
-    """Write the sound of the score as OGG Vorbis, about 6 KB a second; atomic."""
+    """Write the sound of the score as OGG Vorbis, about 7 KB a second; atomic."""
     data = _ogg(*waveform(score))
     atomic(path, lambda p: p.write_bytes(data))
     return Path(path)
