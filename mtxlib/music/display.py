@@ -58,7 +58,7 @@ def _draw(ax, score, title, bars=None) -> tuple[int, int]:
     if first < 1 or not shown:
         raise ValueError(f"bars: expected bars between 1 and {len(grid)}, got {bars}")
     colours = voice_colours(max(len(VOICES), len(score.tracks)))
-    for name, place, track in named_voices(score):
+    for name, place, track in named_voices(score)[0]:
         notes = [n for n in track.notes if n.start < shown[-1][1] and n.end > shown[0][0]]
         widths = [n.duration / quarter - min(GAP, n.duration / quarter / 4) for n in notes]
         ax.barh([n.pitch for n in notes], widths,

@@ -22,21 +22,22 @@ def printed():
 def test_split_gives_written_values_that_add_up(metre):
     from music21 import duration
 
-    bar = 16 * metre[0] // metre[1]
-    for at in range(bar):
-        for length in range(1, bar - at + 1):
+    bar = 96 * metre[0] // metre[1]
+    for at in range(0, bar, 3):
+        for length in range(3, bar - at + 1, 3):
             parts = list(notation._split(at, length, metre))
             assert sum(parts) == length
-            assert all(duration.Duration(p / 4).type != "complex" for p in parts)
+            assert all(duration.Duration(p / 24).type != "complex" for p in parts)
+            assert all(not duration.Duration(p / 24).tuplets for p in parts)
 
 
 def test_split_respects_the_beat():
-    assert list(notation._split(0, 16, (4, 4))) == [16]
-    assert list(notation._split(3, 6, (4, 4))) == [1, 4, 1]
-    assert list(notation._split(2, 4, (4, 4))) == [4]
-    assert list(notation._split(0, 5, (4, 4))) == [4, 1]
-    assert list(notation._split(0, 8, (6, 8))) == [6, 2]
-    assert list(notation._split(4, 8, (6, 8))) == [2, 6]
+    assert list(notation._split(0, 96, (4, 4))) == [96]
+    assert list(notation._split(18, 36, (4, 4))) == [6, 24, 6]
+    assert list(notation._split(12, 24, (4, 4))) == [24]
+    assert list(notation._split(0, 30, (4, 4))) == [24, 6]
+    assert list(notation._split(0, 48, (6, 8))) == [36, 12]
+    assert list(notation._split(24, 48, (6, 8))) == [12, 36]
 
 
 def test_music21_reads_the_same_notes(printed):
