@@ -1,13 +1,13 @@
 """A score on paper: MusicXML, and engraved as SVG.
 
 Notation works on 24 positions a quarter. Each beat of a staff is written in 16ths, triplets of 8ths, 32nds or triplets
-of 16ths: the coarsest that moves its notes least. What lies on one of them is printed as it is, all else is rounded, also
-a beat that mixes them in one hand. Notes are cut here, at bars and beats: music21 cuts at bars only. music21 and verovio
-are imported where they are used: music21 alone takes a second.
+of 16ths: the coarsest that moves its notes least. What lies on one of them is printed as it is; all else is rounded,
+also a beat that mixes them in one hand. Notes are cut here, at bars and beats: music21 cuts at bars only. music21 and
+verovio are imported where they are used: music21 alone takes a second.
 """
 
 from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import Counter
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
@@ -46,10 +46,11 @@ def named_voices(*scores) -> list[list[tuple[str, int, symusic.Track]]]:
     name there: a track is known by its program. The first score with a track decides; choral voices stand from the top.
     """
     places, names, found = {}, {}, []
-    if any(map(_is_choral, scores)):
-        names = {(p, False, 1): name for p, name in VOICES.items()}
-        places = {key: i for i, key in enumerate(names)}
     for score in scores:
+        if _is_choral(score):
+            for program, name in VOICES.items():
+                places.setdefault((program, False, 1), len(places))
+                names.setdefault((program, False, 1), name)
         seen = Counter()
         found.append([])
         for track in score.tracks:
@@ -83,34 +84,33 @@ def _cell(metre: tuple[int, int]) -> int:
     return max(1, min(QUARTER, 4 * QUARTER // metre[1]))
 
 
-def _placed(notes, bars, picture) -> tuple[list[tuple[int, int, int]], set[int]]:
-    """(start, end, pitch) of notes where they can be written, and the starts of the beats in triplets. In a picture only
-    the onsets choose the step."""
-    cells = [(at, min(at + _cell(metre), end)) for start, end, metre in bars for at in range(start, end, _cell(metre))]
-    starts, events = [at for at, _ in cells], defaultdict(lambda: ([], []))
-    for start, end, _ in notes:
-        for k, time in enumerate((start, end)):
+def _placed(notes, cells, picture) -> tuple[list[tuple[int, int, int]], set[int]]:
+    """Notes as (start, end, pitch) where they can be written in the beats, (start, end) each, and the starts of those
+    in triplets. In a picture only onsets choose the step."""
+    starts, steps = [at for at, _ in cells], []
+    times = [[[] for _ in cells] for _ in range(1 if picture else 2)]  # onsets and ends in each beat
+    for note in notes:
+        for found, time in zip(times, note, strict=False):
             cell = bisect_right(starts, time) - 1
-            events[cell][k].append(time - starts[cell])
-
-    def moved(times, step):
-        return sum(abs(t - step * ((2 * t + step) // (2 * step))) for t in times)
-
-    steps = []
-    for i, (at, end) in enumerate(cells):
-        onsets, ends = events[i]
-        steps.append(min([step for step in STEPS if (end - at) % step == 0] or [1],
-                         key=lambda step: (moved(onsets, step), not picture and moved(ends, step))))
+            found[cell].append(time - starts[cell])
+    for (at, end), *kinds in zip(cells, *times, strict=True):
+        possible = {step: [sum(abs(t - _nearest(t, step)) for t in kind) for kind in kinds]
+                    for step in STEPS if (end - at) % step == 0}
+        steps.append(min(possible, key=possible.get, default=1))
 
     def place(time):
         cell = bisect_right(starts, time) - 1
-        return starts[cell] + steps[cell] * ((2 * (time - starts[cell]) + steps[cell]) // (2 * steps[cell]))
+        return starts[cell] + _nearest(time - starts[cell], steps[cell])
 
     placed = []
     for start, end, pitch in notes:
         start = min(place(start), cells[-1][1] - steps[-1])
         placed.append((start, max(place(end), start + steps[bisect_right(starts, start) - 1]), pitch))
     return placed, {at for at, step in zip(starts, steps, strict=True) if step in TRIPLETS}
+
+
+def _nearest(time: int, step: int) -> int:
+    return (2 * time + step) // (2 * step) * step
 
 
 def _one_line(notes) -> list[tuple[int, int, int]]:
@@ -144,15 +144,16 @@ def _hands(notes) -> list[list]:
     return [[n for n in notes if n[2] >= 60], [n for n in notes if n[2] < 60]]
 
 
-def _staves(track, bars, picture) -> list[list]:
+def _staves(track, cells, picture) -> list[list]:
     """The lines of each staff of a track; in a picture a hand is one line, and so is what would need three."""
     notes, staves = [(n.start, n.end, n.pitch) for n in track.notes], []
-    hands = _hands(notes) if picture and not track.is_drum else [notes]
+    if track.is_drum:  # a hit has no length of its own: it lasts to the next one, or to the end of its beat
+        placed, triplets = _placed(notes, cells, True)
+        ends = [end for _, end in cells]
+        return [_lines(_one_line([(a, ends[bisect_right(ends, a)], pitch) for a, _, pitch in placed]), triplets)]
+    hands = _hands(notes) if picture else [notes]
     for hand in hands:
-        placed, triplets = _placed(hand, bars, picture or track.is_drum)
-        if track.is_drum:  # a hit has no length of its own: it lasts to the next one, or to the end of its beat
-            beats = [at for start, end, metre in bars for at in range(start, end, _cell(metre))] + [bars[-1][1]]
-            placed = _one_line([(start, beats[bisect_right(beats, start)], pitch) for start, _, pitch in placed])
+        placed, triplets = _placed(hand, cells, picture)
         lines = _lines(placed, triplets)
         crowded = picture and (len(hands) > 1 or len(lines) > 2)
         staves.append(_lines(_one_line(placed), triplets) if crowded else lines)
@@ -262,6 +263,8 @@ def _part(lines, bars, fifths, drums=False, paired=False):
             measure.insert(0, voice := stream.Voice(id=str(k + 1)))
             for x in _fill(line, bar, make):
                 voice.append(x)
+                for bracket in x.duration.tuplets:
+                    bracket.placement = "below" if paired and k else "above"
                 if not x.isRest and paired:
                     x.stemDirection = "down" if k else "up"
                 elif x.isRest and k:  # a rest of two voices is printed once; inside a track the upper line has them
@@ -287,21 +290,11 @@ def _write_tempos(part, score, bars, picture) -> None:
             measures[i].insert(Fraction(t.time - bars[i][0], QUARTER), mark)
 
 
-def _player(name, i, track=None):
-    from music21 import instrument
-
-    player = instrument.Instrument(name)
-    player.partId, player.partName = f"P{i}", name
-    if track is not None:
-        player.midiProgram, player.midiChannel = track.program, 9 if track.is_drum else None
-    return player
-
-
 def musicxml(score, picture: bool = False) -> str:
     """The score as MusicXML, a part a track with all lengths, key signature and spelling guessed; four single voices go
     on two staves. `picture`: for the eye; a pianist's track stands on two staves, and each hand's notes end at its next
     onset."""
-    from music21 import layout, note, stream
+    from music21 import instrument, layout, note, stream
     from music21.musicxml.m21ToXml import ScoreExporter
 
     score, fifths, whole = score.resample(QUARTER, 1), 0, stream.Score()
@@ -310,7 +303,8 @@ def musicxml(score, picture: bool = False) -> str:
         found = stream.Stream([note.Note(n.pitch, quarterLength=n.duration / QUARTER) for n in pitched]).analyze("key")
         fifths = (found.sharps + 5) % 12 - 5
     bars = bars_of(score)
-    voices = [(name, track, _staves(track, bars, picture)) for name, _, track in named_voices(score)[0]]
+    cells = [(at, min(at + _cell(metre), end)) for start, end, metre in bars for at in range(start, end, _cell(metre))]
+    voices = [(name, track, _staves(track, cells, picture)) for name, _, track in named_voices(score)[0]]
     if len(voices) == 4 and all(len(s) == 1 == len(s[0]) and not track.is_drum for _, track, s in voices):
         pairs = [voices[i][2][0] + voices[i + 1][2][0] for i in (0, 2)]
         groups = [("", None, [_part(lines, bars, fifths, paired=True) for lines in pairs])]
@@ -320,8 +314,13 @@ def musicxml(score, picture: bool = False) -> str:
     for name, track, parts in groups:
         for part in parts:
             whole.insert(0, part)
-            own = "" if len(parts) > 1 else short(name) if picture else name
-            part.insert(0, _player(own, len(whole.parts), track))
+            part.insert(0, player := instrument.Instrument(name))
+            player.partId = player.instrumentId = f"P{len(whole.parts)}"
+            player.partName = short(name) if picture else name
+            if len(parts) > 1:  # the brace has the name, or nothing
+                player.partName = ""
+            if track:
+                player.midiProgram, player.midiChannel = track.program, 9 if track.is_drum else None
         if len(parts) > 1:
             whole.insert(0, layout.StaffGroup(parts, name=short(name), symbol="brace", barTogether=True))
     _write_tempos(whole.parts[0], score, bars, picture)
@@ -352,7 +351,8 @@ def notation(score, bars: int | None = None) -> str:
     The page ends after 27,000 pixels, some 500 bars of a chorale: cut longer music into pieces.
     """
     score = score.clip(0, bars_of(score)[:bars][-1][1], clip_end=True) if bars else score
-    engraver = _engraver()
+    engraver, longest = _engraver(), max((len(short(t.name)) for t in score.tracks), default=0)
+    engraver.setOptions({"pageMarginLeft": 20 + 4 * longest})  # fonts are wider than the engraver believes
     engraver.loadData(musicxml(score, picture=True))
     return engraver.renderToSVG(1)
 

@@ -107,7 +107,10 @@ def test_any_midi_has_one_staff_a_track():
     found = read_back(xml)
     assert sorted(n for (part, _), line in found.items() if part == 0 for n in line) == sorted(piano)
     assert len(list(root.iter("unpitched"))) == len(drums)
-    assert classes(svg)["notehead"] == len(list(root.iter("pitch"))) + len(drums)
+    shown = ElementTree.fromstring(notation.musicxml(score, picture=True))
+    assert [e.text for e in shown.iter("sign")] == ["G", "F", "percussion"], "a pianist has two staves"
+    assert [e.text for e in shown.iter("group-name")] == ["Piano"]
+    assert classes(svg)["notehead"] == len(list(shown.iter("pitch"))) + len(drums)
 
 
 def test_extreme_pitches_keep_their_octave():
