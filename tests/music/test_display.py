@@ -87,6 +87,42 @@ def test_grid_shares_the_pitch_axis():
         display.piano_rolls([low, high], ["only one title"])
 
 
+def test_drums_are_crosses_below_the_pitches():
+    hits = [(0, 1, 36), (4, 1, 38), (8, 1, 36), (12, 1, 42)]
+    ax = display.piano_roll(score_of([("Kit", "drums", hits), ("Bass", 32, [(0, 16, 30)])], [(0, 4, 4)]))
+    (crosses,) = ax.lines
+    x, y = crosses.get_data()
+    assert crosses.get_marker() == "x" and x.tolist() == [0, 1, 2, 3] and len(set(y)) == 3 and y[0] == y[2]
+    assert y[0] < y[1] < y[3] < display.BAND, "a row for each drum, the bass drum at the bottom"
+    (bar,) = ax.patches
+    low, high = ax.get_ylim()
+    assert (bar.get_y() - low) / (high - low) > display.BAND, "the band is free of pitches"
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["Kit", "Bass"]
+
+
+def test_a_track_keeps_name_and_colour_where_others_rest_or_names_are_lost():
+    full = score_of([("Piano", 0, [(0, 4, 60)]), ("Flute", 73, [(0, 4, 72)]), ("Bass", 32, [(0, 4, 36)])])
+    decoded = score_of([("", 32, [(0, 4, 36)]), ("", 0, [(0, 4, 60)])])
+    fig = display.piano_rolls([full, decoded], ["file", "decoded"])
+    display.redraw(fig, 1, decoded, "again")
+    for colour, pitches in zip(display.voice_colours(3), ([60], [72], [36]), strict=True):
+        assert [y for *_, y in rectangles(fig.axes[0], colour)] == pitches
+        assert [y for *_, y in rectangles(fig.axes[1], colour)] == [p for p in pitches if p != 72]
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["Piano", "Flute", "Bass"]
+
+
+def test_twenty_tracks_fit_beside_the_roll():
+    score = score_of([(f"A name that is long, and has the number {i}", i, [(i, 2, 40 + i)]) for i in range(20)])
+    fig = display.piano_rolls([score], [""])
+    fig.set_size_inches(9.6, 2.4)
+    fig.draw_without_rendering()
+    box = fig.legends[0].get_window_extent()
+    assert box.y0 >= 0 and box.y1 <= fig.bbox.height and box.x1 <= fig.bbox.width
+    assert fig.axes[0].get_position().width > 0.3
+    assert len({p.get_facecolor() for p in fig.axes[0].patches}) == 20
+    assert all(len(t.get_text()) <= notation.NAME for t in fig.legends[0].get_texts())
+
+
 # ---- sound
 
 def test_sound_is_there_and_ends_with_the_music():
