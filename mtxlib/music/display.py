@@ -34,7 +34,8 @@ DARKER = sns.husl_palette(120, l=0.4)  # for what has more than ten tracks
 COLOURS = [*PALETTE, *(DARKER[47 * i % 120] for i in range(120))]  # 47: neighbours lie far apart on the circle
 BAND = 0.22  # share of a piano roll's height for the drums, where there are any
 GAP = 0.06  # quarters left free after a rectangle of the piano roll
-RATE = 48000  # samples a second, as the renderer makes them
+RATE = 24000  # samples a second, half of what the renderer makes
+HALF_BAND = np.sinc(np.arange(-15, 16) / 2) * np.hamming(31) / 2  # low-pass filter before every second sample goes
 CHANNELS = 15  # of MIDI's 16 one is the drums'
 LOUDNESS = 0.1  # root mean square of what sounds
 TAIL = 1.0  # seconds in which the last notes fade
@@ -192,19 +193,19 @@ def waveform(score) -> tuple[np.ndarray, int]:
         score.tracks = tracks[i:i + CHANNELS]
         with wave.open(io.BytesIO(midirenderer.render_wave_from(_soundfont(), score.dumps_midi()))) as file:
             stereo = np.frombuffer(file.readframes(file.getnframes()), np.int16).reshape(-1, 2)
-        sound = sound + stereo.mean(axis=1, dtype=np.float32)
-    sound[-int(TAIL * RATE):] *= np.linspace(1, 0, int(TAIL * RATE), dtype=np.float32)
+        sound = sound + np.convolve(stereo[:, 0].astype(np.float32) + stereo[:, 1], HALF_BAND, "same")[::2]
+    sound[-int(TAIL * RATE):] *= np.linspace(1, 0, int(TAIL * RATE))
     peak = np.abs(sound).max()
     sounding = sound[np.abs(sound) > peak / 100]
     level = np.sqrt(np.mean(sounding ** 2)) if len(sounding) else 1
-    return sound * np.float32(min(LOUDNESS / level, 0.9 / max(peak, 1e-9))), RATE
+    return (sound * min(LOUDNESS / level, 0.9 / max(peak, 1e-9))).astype(np.float32), RATE
 
 
 def _ogg(samples: np.ndarray, rate: int) -> bytes:
     import soundfile
 
     buffer = io.BytesIO()
-    with soundfile.SoundFile(buffer, "w", rate, 1, format="OGG", subtype="VORBIS", compression_level=0.9) as file:
+    with soundfile.SoundFile(buffer, "w", rate, 1, format="OGG", subtype="VORBIS") as file:
         for i in range(0, len(samples), rate):  # libsndfile's Vorbis encoder crashes on a single write of two minutes
             file.write(samples[i:i + rate])
     return buffer.getvalue()
@@ -261,7 +262,7 @@ def _uri(kind: str, data: bytes) -> str:
 
 
 def save_ogg(score, path: str | Path) -> Path:
-    """Write the sound of the score as OGG Vorbis, about 7 KB a second; atomic."""
+    """Write the sound of the score as OGG Vorbis, about 6 KB a second; atomic."""
     data = _ogg(*waveform(score))
     atomic(path, lambda p: p.write_bytes(data))
     return Path(path)
