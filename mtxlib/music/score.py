@@ -173,12 +173,13 @@ def key_of(score: Score) -> str:
 
 def bar_starts(score: Score) -> list[int]:
     """Ticks of all bar lines, the last one at or after the end of the music; 4/4 where no metre is given."""
-    changes = [(t.time, t.numerator * 4 * score.tpq // t.denominator) for t in reversed(score.time_signatures)]
+    changes = [(t.time, max(1, t.numerator * 4 * score.tpq // t.denominator)) for t in reversed(score.time_signatures)]
     end, starts, length = score.end(), [0], 4 * score.tpq
     while starts[-1] < end:
         while changes and changes[-1][0] <= starts[-1]:
             length = changes.pop()[1]
-        starts.append(starts[-1] + length)
+        following = starts[-1] + length  # or a metre that changes inside the bar ends it
+        starts.append(min(following, changes[-1][0]) if changes else following)
     return starts
 
 
