@@ -186,12 +186,14 @@ def file_bars(score: Score, first: int, last: int) -> list[tuple[int, int, tuple
     for ts in sorted(score.time_signatures, key=lambda ts: ts.time):
         known = ts.numerator > 0 and ts.denominator > 0
         signs[on_grid(ts.time, score.tpq, 4)] = (ts.numerator, ts.denominator) if known else (4, 4)
-    signs = [(at, metre) for at, metre in signs.items() if at <= last]
-    starts = {}
-    for (at, metre), until in zip(signs, [*(at for at, _ in signs[1:]), None], strict=True):
+    starts, n_after = {}, 0
+    for (at, metre), until in zip(signs.items(), [*list(signs)[1:], 2**40], strict=True):
+        n_after += at > last
         length = max(1.0, 16 * metre[0] / metre[1])
-        n_bars = -int((at - until) // length) if until else int((last - at) // length) + 5
+        n_bars = min(-int((at - until) // length), int((max(at, last) - at) // length) + 5)
         starts |= {at + int(i * length): metre for i in range(max(0, int((first - at) // length)), n_bars)}
+        if n_after == 3:
+            break
     return [(start, end - start, metre) for (start, metre), end in zip(starts.items(), list(starts)[1:], strict=False)
             if end > first]
 
