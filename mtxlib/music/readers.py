@@ -83,59 +83,56 @@ def parse_midi(data: bytes) -> tuple[Score, int]:
     """The score, and how many program changes it gives up: each channel of a track keeps its first program."""
     if data[:4] != b"MThd":
         raise Unusable("not MIDI: no MThd header" if data else "empty: 0 bytes")
-    expected, chunks, at = int.from_bytes(data[10:12], "big"), [], 14
+    expected, ticks, tracks, at = int.from_bytes(data[10:12], "big"), int.from_bytes(data[12:14], "big"), [], 14
     while (end := at + 8 + int.from_bytes(data[at + 4:at + 8], "big")) <= len(data):
-        chunks, at = chunks + [(at + 8, end)] * (data[at:at + 4] == b"MTrk"), end
-    if len(chunks) < expected or data[12:14] == b"\0\0":
-        ticks = int.from_bytes(data[12:14], "big")
-        raise Unusable(f"broken: {len(chunks)} of {expected} tracks, {ticks} ticks per quarter")
-    if data[8:10] == b"\0\2":
+        tracks += [(at + 8, end)] if data[at:at + 4] == b"MTrk" else []
+        at = end
+    if len(tracks) < expected or not ticks:
+        raise Unusable(f"broken: {len(tracks)} of {expected} tracks, {ticks} ticks per quarter")
+    if data[9] == 2:
         raise Unusable(f"format 2: {expected} songs in one file, expected one; save each as a file of its own")
     edited, n_changes = bytearray(data), 0
-    for start, end in chunks:
-        for places, program in program_changes(data[start:end]):
-            n_changes += sum(data[start + place] != program for place in places)
-            for place in places:
-                edited[start + place] = program
+    for start, end in tracks:
+        for place, program in first_programs(data[start:end]):
+            n_changes += data[start + place] != program
+            edited[start + place] = program
     return Score.from_midi(bytes(edited)), n_changes
 
 
-def program_changes(events: bytes) -> list[tuple[list[int], int]]:
-    """(where in the events of a track the programs of a channel stand, the one in force at its first note) of each
-    channel; symusic would make a track of every program."""
-    places, programs, first_note, at, tick, status = {}, {}, {}, 0, 0, 0
+def first_programs(events: bytes) -> list[tuple[int, int]]:
+    """(where in the events of a track a program stands, the one its channel had at its first note); symusic would make
+    a track of each program."""
     if not re.search(rb"[\xc0-\xcf][\0-\x7f]", events):
         return []
-    try:
-        while at < len(events):
-            wait, at = variable(events, at)
-            tick += wait
-            if events[at] >= 0x80:
-                status, at = events[at], at + 1
-            kind, channel = status >> 4, status & 15
-            if kind == 0xF:
-                length, at = variable(events, at + (status == 0xFF))
-                at += length
-                continue
-            if kind == 0xC:
-                places.setdefault(channel, []).append(at)
-                if tick <= first_note.get(channel, tick):
-                    programs[channel] = events[at]
-            elif kind == 9:
-                first_note.setdefault(channel, tick)
-            at += 1 if kind in (0xC, 0xD) else 2
-    except IndexError:  # cut off inside an event: what came before it counts
-        pass
-    return [(where, programs.get(channel, 0)) for channel, where in places.items() if channel in first_note]
+    places, first, first_note, at, tick, status = [], {}, {}, 0, 0, 0
+    events, n_bytes = events + bytes(4), len(events)  # a track may be cut off inside an event
+    while at < n_bytes:
+        wait, at = variable(events, at)
+        tick += wait
+        if events[at] >= 0x80:
+            status, at = events[at], at + 1
+        kind, channel = status >> 4, status & 15
+        if kind == 0xF:  # of the system, or not music
+            size, at = variable(events, at + (status == 0xFF))
+            at += size
+            continue
+        if kind == 0xC and at < n_bytes:
+            places.append((at, channel))
+            if tick <= first_note.get(channel, tick):
+                first[channel] = events[at]
+        elif kind == 9:
+            first_note.setdefault(channel, tick)
+        at += 1 if kind in (0xC, 0xD) else 2
+    return [(place, first.get(channel, 0)) for place, channel in places if channel in first_note]
 
 
 def variable(data: bytes, at: int) -> tuple[int, int]:
     """A variable-length quantity, and where it ends."""
-    value = 0
-    while True:
-        value, at = value << 7 | data[at] & 127, at + 1
-        if data[at - 1] < 128:
-            return value, at
+    value = data[at] & 127
+    while data[at] >= 128:
+        at += 1
+        value = value << 7 | data[at] & 127
+    return value, at + 1
 
 
 def read_xml(path: str, parts: int = 0) -> Score:
