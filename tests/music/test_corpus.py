@@ -1,193 +1,26 @@
-"""Sources on small data made here, the normal form against MidiTok, bar lines and keys against music21."""
+"""Sources on small data made here: what is kept, cached, split, and told."""
 
 import hashlib
 import json
-import random
 import zipfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import four_voices
-from symusic import Note, Score, Tempo, TimeSignature, Track
+from scores import Q, broken_files, melody, metres_of, notes_of, quarters, score_of
+from symusic import Score
 
 from mtxlib.music import corpus, readers
 from mtxlib.music.corpus import Piece, load_corpus, split_by_tune
-from mtxlib.music.readers import read_safely, read_score
-from mtxlib.music.score import VOICES, bar_starts, key_of, normalise
+from mtxlib.music.readers import read_score
+from mtxlib.music.score import normalise
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
-Q = 480  # ticks a quarter
-
-
-def score_of(*tracks, metres=(), tempo=None, tpq=Q):
-    """tracks: (program, [(onset, duration, pitch)]) in quarters; program -1 is drums. metres: (onset, over, under)."""
-    score = Score(tpq)
-    for program, notes in tracks:
-        track = Track(f"track {program}", max(program, 0), program < 0)
-        track.notes.extend([Note(round(t * tpq), round(d * tpq), p, 50 + p % 40) for t, d, p in notes])
-        score.tracks.append(track)
-    score.time_signatures.extend([TimeSignature(round(t * tpq), over, under) for t, over, under in metres])
-    if tempo:
-        score.tempos.append(Tempo(0, tempo))
-    return score
-
-
-def melody(seed, n=16, low=60):
-    r = random.Random(seed)
-    return [(i, 1, low + r.randrange(12)) for i in range(n)]
-
-
-def notes_of(score):
-    return sorted((-1 if t.is_drum else t.program, n.time * Q // score.tpq, n.duration * Q // score.tpq, n.pitch)
-                  for t in score.tracks for n in t.notes)
-
-
-def metres_of(score):
-    return [(ts.time * Q // score.tpq, ts.numerator, ts.denominator) for ts in score.time_signatures]
-
-
-def quarters(score, track=0):
-    return [(n.time / Q, n.duration / Q, n.pitch) for n in score.tracks[track].notes]
 
 
 def manifest(folder):
     return {e["name"]: e for e in json.loads((folder / "manifest.json").read_text())}
-
-
-# ---- the normal form
-
-
-def test_four_voices_become_soprano_to_bass_on_the_grid():
-    voices = [[(i + 0.02 * (v - 1), 0.97, 48 + 7 * v) for i in range(1, 9)] for v in range(4)]
-    score = normalise(score_of(*((0, v) for v in voices), tempo=72, tpq=96))
-    assert [(t.program, t.name) for t in score.tracks] == list(VOICES.items())
-    assert [t.notes[0].pitch for t in score.tracks] == [69, 62, 55, 48]
-    assert score.tpq == 480 and score.tempos[0].qpm == pytest.approx(72) and len(score.tempos) == 1
-    for t in score.tracks:
-        assert [(n.time, n.duration, n.velocity) for n in t.notes] == [(i * Q, Q, 80) for i in range(1, 9)]
-
-
-def test_voices_that_are_named_already_may_cross():
-    low, high = [(0, 1, 40)], [(0, 1, 80)]
-    score = normalise(score_of((54, high), (52, low), (42, low), (53, high)))
-    assert [(t.program, t.notes[0].pitch) for t in score.tracks] == [(52, 40), (53, 80), (54, 80), (42, 40)]
-
-
-def test_other_music_keeps_its_programs_apart():
-    tracks = [(0, melody(1)), (0, melody(2)), (33, melody(3)), (0, melody(4)), (1, melody(5)), (-1, [(0, 1, 36)]),
-              (-1, [(1, 1, 38), (2, 1, 5)])]
-    score = normalise(score_of(*tracks, tempo=1000))
-    assert [(t.program, t.is_drum) for t in score.tracks] == [(p, False) for p in (0, 2, 33, 3, 1)] + [(0, True)]
-    assert quarters(score, 5) == [(0, 1, 36), (1, 1, 38)]  # the drums are one track, without the hit MidiTok lacks
-    assert score.tempos[0].qpm == pytest.approx(1000)
-    full = normalise(score_of(*[(7, melody(i)) for i in range(128)]))
-    assert sorted(t.program for t in full.tracks) == list(range(128))
-    assert {t.program for t in full.tracks[:8]} == set(range(8)), "the family of 8 comes first"
-
-
-@pytest.mark.parametrize("given, expected, n_bars", [
-    ((3, 4), "3/4", 8), ((6, 8), "6/8", 8), ((12, 8), "12/8", 4), ((2, 2), "4/4", 6), ((3, 2), "6/4", 4),
-    ((12, 16), "6/8", 8), ((8, 4), "4/4", 6), ((3, 16), "3/8", 16), ((4, 8), "2/4", 12), ((7, 8), "7/8", 7),
-    ((11, 8), "4/4,3/8", 9), ((5, 16), "5/8", 10), ((1, 8), "1/4", 24)])
-def test_metres_that_miditok_does_not_know_are_rewritten(given, expected, n_bars):
-    score = normalise(score_of((0, melody(0, 24)), metres=[(0, *given)]))
-    entry = readers.describe(score)
-    assert (entry["metre"], entry["bars"]) == (expected, n_bars)
-    assert quarters(score) == [(i, 1, p) for i, _, p in melody(0, 24)]
-
-
-def test_metre_changes_fall_on_bar_lines():
-    notes = [(0, melody(0, 32))]
-    score = normalise(score_of(*notes, metres=[(0, 4, 4), (6, 3, 4)]))
-    assert metres_of(score) == [(0, 4, 4), (4 * Q, 2, 4), (6 * Q, 3, 4)] and len(bar_starts(score)) == 1 + 2 + 9
-    score = normalise(score_of(*notes, metres=[(0, 4, 4), (4.25, 3, 4)]))  # no metre has 17 16ths: a rest is added
-    assert metres_of(score) == [(0, 9, 8), (4.5 * Q, 3, 4)]
-    assert [n.time / Q for n in score.tracks[0].notes][3:7] == [3, 4, 5.25, 6.25]
-    score = normalise(score_of(*notes, metres=[(4, 3, 4), (100, 5, 4)]))
-    assert metres_of(score) == [(0, 4, 4), (4 * Q, 3, 4)]
-
-
-def test_empty_bars_in_front_are_left_out_but_no_part_of_a_bar():
-    score = normalise(score_of((0, [(13, 1, 60), (20, 1, 62)]), metres=[(0, 4, 4), (8, 3, 4), (14, 4, 4)]))
-    assert quarters(score) == [(2, 1, 60), (9, 1, 62)] and metres_of(score) == [(0, 3, 4), (3 * Q, 4, 4)]
-
-
-def test_notes_of_one_pitch_do_not_overlap_and_stay_in_range():
-    score = normalise(score_of((0, [(0, 4, 60), (1, 1, 60), (1, 2, 60), (1, 1, 64), (8, 40, 12), (60, 0.01, 120)])))
-    assert quarters(score) == [(0, 1, 60), (1, 2, 60), (1, 1, 64), (8, 16, 24), (60, 0.25, 108)]
-    assert quarters(normalise(score_of((0, [(0, 40, 60)]), metres=[(0, 6, 8)]))) == [(0, 8, 60)]  # 16 beats are 16/8
-
-
-def test_normal_form_is_stable_and_lossless_through_miditok():
-    from miditok import REMI, TokenizerConfig
-
-    remi = REMI(TokenizerConfig(
-        pitch_range=(21, 109), beat_res={(0, 16): 4}, use_velocities=False, use_programs=True, use_time_signatures=True,
-        time_signature_range={4: list(range(1, 8)), 8: [3, 5, 6, 7, 9, 12]}))
-    lost = 0
-    for seed in range(60):
-        r, tpq = random.Random(seed), random.Random(seed).choice([1, 24, 220, 480, 960])
-        tracks = [(r.choice([-1, 0, 0, 42, 52, 53, 54, 127]), [
-            (r.randrange(240) / 4 + r.random() / 9, r.choice([0.1, 0.5, 1, 30]), r.randrange(128))
-            for _ in range(r.randrange(60))]) for _ in range(r.choice([1, 4, 4, 9]))]
-        metres = [(r.randrange(160) / 4, r.randrange(1, 14), r.choice([1, 2, 4, 4, 8, 16]))
-                  for _ in range(r.randrange(4))]
-        try:
-            score = normalise(score_of(*tracks, metres=metres, tpq=tpq))
-        except ValueError as e:
-            assert str(e) == "no notes"
-            continue
-        again = normalise(score)
-        assert (notes_of(again), metres_of(again)) == (notes_of(score), metres_of(score)), seed
-        back = remi.decode(remi.encode(score))
-        lost += (notes_of(back), metres_of(back)) != (notes_of(score), metres_of(score))
-    assert lost == 0
-
-
-@pytest.mark.parametrize("tracks, message", [
-    ([], "no notes"), ([(-1, [(0, 1, 1)])], "no notes"),
-    ([(i, [(0, 1, 60)]) for i in range(128)] + [(0, [(0, 1, 60)])], "too many tracks: 129, at most 128"),
-    ([(0, [(0, 1, 60), (4 * 4000, 1, 60)])], "too many bars: 4,001, at most 4,000")])
-def test_scores_beyond_the_limits_are_refused(tracks, message):
-    with pytest.raises(ValueError, match=message):
-        normalise(score_of(*tracks))
-
-
-def test_too_many_notes(monkeypatch):
-    monkeypatch.setattr("mtxlib.music.score.MAX_NOTES", 15)
-    with pytest.raises(ValueError, match="too many notes: 16, at most 15"):
-        normalise(score_of((0, melody(0))))
-
-
-# ---- what the manifest says
-
-
-def test_key_agrees_with_music21():
-    from music21 import analysis, note, stream
-
-    for seed in range(12):
-        r = random.Random(seed)
-        scale = [r.randrange(12) + p for p in r.choice([(0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 11)])]
-        notes = [(i, r.choice([0.5, 1, 2]), 60 + r.choice(scale)) for i in range(40)]
-        part = stream.Stream()
-        for t, d, p in notes:
-            part.insert(t, note.Note(p, quarterLength=d))
-        k = analysis.discrete.KrumhanslKessler(part).getSolution(part)
-        tonic, mode = key_of(score_of((0, notes))).split()
-        spelled = note.Note(tonic[0].upper() + tonic[1:].replace("b", "-"))
-        assert (mode, spelled.pitch.pitchClass) == (k.mode, k.tonic.pitchClass), seed
-    assert key_of(score_of((-1, [(0, 1, 40)]))) == ""
-
-
-def test_tune_survives_transposition_rhythm_and_repeated_notes():
-    line = [60, 62, 64, 65, 64, 62, 67, 69, 71, 72, 74, 50, 51]
-    one = score_of((0, [(i, 1, p) for i, p in enumerate(line)]), (1, melody(1, low=30)))
-    twice = [(2 * i + j, 1, p + 5) for i, p in enumerate(line[:11]) for j in (0, 1)]
-    same = score_of((1, melody(2, low=30)), (0, twice))
-    other = score_of((0, [(i, 1, p) for i, p in enumerate([61, *line[1:]])]))
-    assert readers.tune_of(one) == readers.tune_of(same) != readers.tune_of(other)
 
 
 def test_splits_are_a_function_of_the_tune():
@@ -206,136 +39,6 @@ def test_no_split_is_empty_from_three_tunes_on():
         assert set(split_by_tune(tunes[start:start + 3], {}).values()) == set(corpus.SPLITS)
     assert split_by_tune(tunes[:3], dict.fromkeys(tunes[:3], "train")) == dict.fromkeys(tunes[:3], "train")
     assert len(split_by_tune(tunes[:2], {})) == 2
-
-
-# ---- readers
-
-
-XML = """<?xml version="1.0"?><score-partwise version="3.0"><part-list>
-<score-part id="P1"><part-name>Clarinet</part-name></score-part>
-<score-part id="P2"><part-name>Piano</part-name></score-part></part-list><part id="P1">
-<measure number="0" implicit="yes"><attributes><divisions>2</divisions>
-<time><beats>3</beats><beat-type>4</beat-type></time>
-<transpose><diatonic>-1</diatonic><chromatic>-2</chromatic></transpose></attributes>{a}</measure>
-<measure number="1">{b}</measure><measure number="2">{c}</measure></part>
-<part id="P2"><measure number="0" implicit="yes"><attributes><divisions>2</divisions></attributes>{r1}</measure>
-<measure number="1">{chord}</measure><measure number="2">{r6}</measure></part></score-partwise>"""
-
-
-def xml_note(step, octave, length, extra="", head=""):
-    return (f"<note>{head}<pitch><step>{step}</step><octave>{octave}</octave></pitch><duration>{length}</duration>"
-            f"{extra}</note>")
-
-
-def test_musicxml_with_pickup_tie_chord_grace_note_and_transposition(tmp_path):
-    rest = "<note><rest/><duration>{}</duration></note>".format
-    file = tmp_path / "pickup.musicxml"
-    file.write_text(XML.format(
-        a=xml_note("D", 5, 2), b=xml_note("E", 5, 4) + xml_note("F", 5, 2, '<tie type="start"/>'),
-        c=xml_note("F", 5, 2, '<tie type="stop"/>') + xml_note("G", 5, 4)
-        + "<note><grace/><pitch><step>A</step><octave>5</octave></pitch></note>", r1=rest(2), r6=rest(6),
-        chord=xml_note("C", 3, 6) + xml_note("E", 3, 6, head="<chord/>")))
-    score = read_score(file)
-    assert metres_of(score) == [(0, 3, 4)] and len({t.program for t in score.tracks}) == 2
-    assert quarters(score) == [(2, 1, 72), (3, 2, 74), (5, 2, 75), (7, 2, 77)]  # sounding: a tone lower
-    assert quarters(score, 1) == [(3, 3, 48), (3, 3, 52)]
-
-
-@pytest.mark.parametrize("metres", [[((4, 4), 6)], [((3, 4), 7)], [((4, 4), 2), ((3, 4), 3)]])
-@pytest.mark.parametrize("pickup", [0, 1, 3])
-def test_a_chorale_on_two_staves_is_read_as_the_four_voices_it_was_written_from(metres, pickup, tmp_path):
-    """With rests, ties over bar lines, syncopations, a voice that is silent for two bars, and crossing voices."""
-    from mtxlib.music.notation import musicxml
-
-    written = four_voices(pickup, metres, spread=9)
-    for i, track in enumerate(written.tracks):
-        track.notes = [n for n in track.notes if n.start >= pickup * Q and (i != 2 or not 4 * Q <= n.start < 12 * Q)]
-    written = normalise(written)
-    file = tmp_path / "closed.musicxml"
-    file.write_text(musicxml(written))
-    score = read_score(file)
-    assert (notes_of(score), metres_of(score)) == (notes_of(written), metres_of(written))
-    assert [(t.program, t.name) for t in score.tracks] == list(VOICES.items())
-
-
-def test_a_piano_staff_with_a_second_voice_now_and_then_stays_one_track(tmp_path):
-    from music21 import chord, note, stream
-
-    def hand(pitch, doubled, with_chord):
-        part = stream.Part()
-        for i in range(8):
-            upper, lower = stream.Voice(id="1"), stream.Voice(id="2")
-            upper.append([note.Note(pitch + i, quarterLength=2), note.Note(pitch, quarterLength=2)])
-            lower.append(chord.Chord([pitch - 9, pitch - 5], quarterLength=4) if with_chord and i == 0
-                         else note.Note(pitch - 9, quarterLength=4))
-            part.append(stream.Measure([upper, lower] if i < doubled else upper.notes, number=i + 1))
-        return part
-
-    def n_tracks(*hands):
-        file = tmp_path / "piano.musicxml"
-        stream.Score([hand(*h) for h in hands]).write("musicxml", file)
-        score = read_score(file)
-        assert score.note_num() == sum(16 + doubled + with_chord for _, doubled, with_chord in hands)
-        return len(score.tracks)
-
-    assert n_tracks((72, 8, False), (50, 8, False)) == 4
-    assert n_tracks((72, 4, False), (50, 5, False)) == 4
-    assert n_tracks((72, 3, False), (50, 8, False)) == 2, "a second voice in three bars of eight"
-    assert n_tracks((72, 8, True), (50, 8, False)) == 2, "a chord in a voice"
-    assert n_tracks((72, 8, False)) == 1, "one staff"
-
-
-def broken_files(folder):
-    """name -> the start of the reason it must be left out for."""
-    good = score_of((0, melody(0)), (1, melody(1))).dumps_midi()
-    two = good.index(b"MTrk", good.index(b"MTrk") + 4)
-    noise = random.Random(0).randbytes(500)
-    xml = ("<score-partwise><part-list/></score-partwise>", "plain text", "<html></html>")
-    files = {
-        "empty.mid": (b"", "empty"), "half.mid": (good[:len(good) // 2], "broken"), "head.mid": (good[:14], "broken"),
-        "fewer.mid": (good[:two], "broken"), "noise.mid": (noise, "not MIDI"), "text.mid": (b"la " * 99, "not MIDI"),
-        "noise_inside.mid": (good[:30] + noise, "broken"), "no_ticks.mid": (good[:12] + b"\0\0" + good[14:], "broken"),
-        "huge.mid": (good + bytes(5_000_000), "too big"), "silent.mid": (Score(Q).dumps_midi(), "no notes"),
-        "far.mid": (score_of((0, [(0, 1, 60), (4_000_000, 1, 60)])).dumps_midi(), "too many bars"),
-        "notes.txt": (b"hello", "not MIDI or MusicXML"), "no_suffix": (good, "not MIDI or MusicXML"),
-        "bad.mxl": (noise, "broken"), "bomb.mxl": (None, "too big"),
-        **{f"bad{i}.xml": (text.encode(), "broken" if i else "no notes") for i, text in enumerate(xml)}}
-    for name, (data, _) in files.items():
-        if data is not None:
-            (folder / name).write_bytes(data)
-    with zipfile.ZipFile(folder / "bomb.mxl", "w", zipfile.ZIP_DEFLATED) as z:
-        z.writestr("score.xml", bytes(60_000_000))
-    return {name: why for name, (_, why) in files.items()}
-
-
-def test_read_score_names_the_file_and_the_reason(tmp_path):
-    for name, why in broken_files(tmp_path).items():
-        if name not in ("no_suffix", "notes.txt"):  # read as MIDI here, whatever the name
-            with pytest.raises(ValueError, match=f"{name}: {why}"):
-                read_score(tmp_path / name)
-    assert len(read_score(tmp_path / "no_suffix").tracks) == 2
-    with pytest.raises(ValueError, match="none.mid: .*No such file"):
-        read_score(tmp_path / "none.mid")
-
-
-def test_files_nobody_has_vouched_for_are_read_apart(tmp_path, monkeypatch):
-    files = broken_files(tmp_path)
-    for name in ("empty.mid", "noise.mid", "noise_inside.mid", "bomb.mxl", "bad0.xml"):
-        with pytest.raises(ValueError, match=f"{name}: {files[name]}"):
-            read_safely(tmp_path / name)
-        with pytest.raises(ValueError, match=f"the file: {files[name]}"):
-            read_safely((tmp_path / name).read_bytes())
-    good = tmp_path / "no_suffix"
-    for score in (read_safely(good), read_safely(str(good)), read_safely(good.read_bytes())):
-        assert (notes_of(score), metres_of(score)) == (notes_of(read_score(good)), metres_of(read_score(good)))
-    (tmp_path / "sitecustomize.py").write_text("from mtxlib.music import readers\nimport os\n"
-                                               "readers.parse_midi = lambda data: os._exit(9)\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="the file: crashed its process: 9"):
-        read_safely(good.read_bytes())
-
-
-# ---- sources
 
 
 def test_folder_with_broken_files_keeps_the_good_ones(tmp_path, capsys, monkeypatch):
