@@ -249,5 +249,5 @@ def skipped(entries: list[dict]) -> str:
 def unsteady(pieces: list[Piece]) -> str:
     """Names those whose music is not on the quarters of their files: performances, or other beats than the file's."""
     names = [p.name for p in pieces if p.losses["steady"] < STEADY]
-    return (f", {len(names)} not on the grid of their quarters (under {STEADY:.0%} of the onsets on a 32nd or triplet: "
-            f"{', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else "")
+    return (f", {len(names)} not on the grid of their quarters (under {STEADY:.0%} of the onsets on their 32nds or "
+            f"triplets: {', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else "")

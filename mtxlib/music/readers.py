@@ -104,11 +104,10 @@ def first_programs(events: bytes) -> list[tuple[int, int]]:
     a track of each program."""
     if not re.search(rb"[\xc0-\xcf][\0-\x7f]", events):
         return []
-    places, first, first_note, at, tick, status = [], {}, {}, 0, 0, 0
+    places, first, begun, at, status = [], {}, set(), 0, 0
     events, n_bytes = events + bytes(4), len(events)  # a track may be cut off inside an event
     while at < n_bytes:
-        wait, at = variable(events, at)
-        tick += wait
+        _, at = variable(events, at)  # the wait before the event
         if events[at] >= 0x80:
             status, at = events[at], at + 1
         kind, channel = status >> 4, status & 15
@@ -118,12 +117,12 @@ def first_programs(events: bytes) -> list[tuple[int, int]]:
             continue
         if kind == 0xC and at < n_bytes:
             places.append((at, channel))
-            if tick <= first_note.get(channel, tick):
+            if channel not in begun:
                 first[channel] = events[at]
         elif kind == 9:
-            first_note.setdefault(channel, tick)
+            begun.add(channel)
         at += 1 if kind in (0xC, 0xD) else 2
-    return [(place, first.get(channel, 0)) for place, channel in places if channel in first_note]
+    return [(place, first.get(channel, 0)) for place, channel in places if channel in begun]
 
 
 def variable(data: bytes, at: int) -> tuple[int, int]:
@@ -276,22 +275,24 @@ def losses(given: Score, normal: Score, n_programs: int, grid: int = 4, velociti
     notes: in the file. kept: in the normal form. dropped: drum hits that MidiTok has no token for. merged: the others,
     doubles of a note at one place. moved: onsets that went by more than a 64th. octaves: pitches moved into the range.
     grids: {positions a quarter: share of the onsets that lie on them}. triplets: share on triplet 16ths, off the 16ths.
-    steady: share on 32nds or triplet 16ths; below STEADY the music is not on the quarters of its file. velocities: how
-    far they moved on average. tempos, pedal, programs: changes and presses that were given up.
+    steady: share on 32nds or triplet 16ths, 0 where less than a tenth is on 8ths; below STEADY the music is not on the
+    quarters of its file. velocities: how far they moved on average. tempos, pedal, programs: changes and presses that
+    were given up.
     """
     arrays = [(t.is_drum, t.notes.numpy()) for t in given.tracks if len(t.notes)]
     onset, pitch, velocity = (np.concatenate([notes[name] for _, notes in arrays]).astype(int)
                               for name in ("time", "pitch", "velocity"))
     is_drum = np.concatenate([np.full(len(notes["time"]), drum) for drum, notes in arrays])
     quarters, levels = onset / given.tpq, velocity_levels(velocities)
-    on = {n: np.abs(quarters * n - np.round(quarters * n)) <= n * ON for n in (4, 6, 8, 12, 24)}
+    on = {n: np.abs(quarters * n - np.round(quarters * n)) <= n * ON for n in (2, 4, 6, 8, 12, 24)}
+    steady = float((on[8] | on[12]).mean()) * (on[2].mean() >= 0.1)
     moved = np.abs(quarters * grid - np.floor(quarters * grid + 0.5)) > grid / 16
     dropped, kept = int((is_drum & ((pitch < DRUMS[0]) | (pitch > DRUMS[1]))).sum()), normal.note_num()
     changes = sum(a.qpm != b.qpm for a, b in pairwise(sorted(given.tempos, key=lambda tempo: tempo.time)))
     return {"notes": len(onset), "kept": kept, "dropped": dropped, "merged": len(onset) - kept - dropped,
             "moved": int(moved.sum()), "octaves": int((~is_drum & ((pitch < LOW) | (pitch > HIGH))).sum()),
             "grids": {str(n): round(float(on[n].mean()), 4) for n in (4, 8, 12, 24)},
-            "triplets": round(float((on[6] & ~on[4]).mean()), 4), "steady": round(float((on[8] | on[12]).mean()), 4),
+            "triplets": round(float((on[6] & ~on[4]).mean()), 4), "steady": round(steady, 4),
             "velocities": round(float(np.abs(velocity[:, None] - levels).min(1).mean()), 2),
             "tempos": max(0, changes + 1 - len(normal.tempos)), "programs": n_programs,
             "pedal": 0 if pedal else sum(len(t.pedals) for t in given.tracks)}

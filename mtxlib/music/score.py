@@ -23,7 +23,7 @@ TEMPI = (20, 400)  # what `tempos` bins, at equal ratios, reach from and to
 VOICES = {52: "Soprano", 53: "Alto", 54: "Tenor", 42: "Bass"}  # General MIDI programs, from 0
 VOICE_WORD = re.compile(  # in names of the tracks of single voices, or of tracks that are just numbered
     "sopran[eios]*|alt[eios]*|altus|tenor[eis]*|bass[eios]*|bassus|cantus|canto|discant|superius|voices?|voce|voix|vox|"
-    "vocals?|stimme|parts?|tracks?|staff|choir|chor|chorus|chorale?|wom[ae]n|m[ae]n|untitled|[ivxsatbp]{1,4}", re.I)
+    "vocals?|stimme|parts?|tracks?|staff|choir|chor|chorus|chorale?|wom[ae]n|m[ae]n|untitled|[satbvp]|[iv]{1,3}", re.I)
 LOW, HIGH, DRUMS = 21, 108, (27, 87)  # MidiTok's pitches: notes outside move by octaves, drum hits are left out
 METRES = {8: (3, 5, 6, 7, 9, 12), 4: (1, 2, 3, 4, 5, 6, 7)}  # denominator: numerators
 BY_LENGTH = {n * 16 // d: (n, d) for d in METRES for n in METRES[d]}  # 16ths a bar: metre, x/4 rather than x/8

@@ -2,6 +2,11 @@
 
 import hashlib
 import json
+import random
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -130,6 +135,84 @@ def test_what_was_read_before_it_was_stopped_is_not_read_again(tmp_path, monkeyp
     with pytest.raises(RuntimeError, match="killed"):
         load_corpus("folder", tmp_path / "other", archive=str(tree), progress=False)
     assert read[0] == "0.mid"
+
+
+def test_links_to_folders_are_followed_and_loops_end(tmp_path, capsys):
+    elsewhere, tree = tmp_path / "elsewhere", tmp_path / "tree"
+    for i in range(13):
+        folder = elsewhere / "abc"[i % 3] / "deep" if i > 1 else tree
+        folder.mkdir(parents=True, exist_ok=True)
+        score_of((0, melody(i))).dump_midi(folder / f"{i}.mid")
+    for name in "ab":
+        (tree / name).symlink_to(elsewhere / name)
+    (tree / "b" / "deep" / "back").symlink_to(tree)
+    (tree / "a" / "self").symlink_to(tree / "a")
+    (tree / "c").mkdir()
+    for file in (elsewhere / "c" / "deep").iterdir():
+        (tree / "c" / file.name).symlink_to(file)
+    pieces = load_corpus("folder", tmp_path / "data", archive=str(tree), workers=2, progress=False)
+    assert len(pieces) == 13 and "13 pieces" in capsys.readouterr().out
+    (tree / "c" / "gone.mid").symlink_to(elsewhere / "nowhere.mid")
+    score_of((0, melody(99))).dump_midi(elsewhere / "a" / "new.mid")
+    assert len(load_corpus("folder", tmp_path / "data", archive=str(tree), progress=False)) == 14, "the source changed"
+    assert ", 1 skipped (1 broken)" in capsys.readouterr().out
+
+
+def test_music_that_is_off_the_grid_of_its_file_is_named(tmp_path, capsys):
+    tree, r = tmp_path / "tree", random.Random(0)
+    tree.mkdir()
+    played = [(60 * r.random(), 1, 60 + i % 12) for i in range(200)]
+    kinds = {"played": played, "shifted": [(t + 0.08, d, p) for t, d, p in melody(0)], "straight": melody(1),
+             "swing": [(i / 2 + (i % 2) / 6, 0.5, 60 + i % 7) for i in range(40)],
+             "fast": [(i / 8, 0.125, 60 + i % 7) for i in range(40)]}
+    for name, notes in kinds.items():
+        score_of((0, notes)).dump_midi(tree / f"{name}.mid")
+    pieces = load_corpus("folder", tmp_path / "data", archive=str(tree), workers=1, progress=False)
+    assert ("2 not on the grid of their quarters (under 60% of the onsets on their 32nds or triplets: "
+            "played.mid, shifted.mid)") in capsys.readouterr().out
+    assert {p.name: p.losses["notes"] for p in pieces} == {f"{name}.mid": len(notes) for name, notes in kinds.items()}
+
+
+def test_every_form_has_a_cache_of_its_own(tmp_path):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for i in range(3):
+        score_of((0, [(j / 3, 1 / 3, 60 + (i + j * j) % 12) for j in range(24)])).dump_midi(tree / f"{i}.mid")
+    form = {"grid": 12, "velocities": 8, "tempos": 0, "pedal": True}
+    fine = load_corpus("folder", tmp_path / "data", archive=str(tree), form=form, workers=1, progress=False)
+    plain = load_corpus("folder", tmp_path / "data", archive=str(tree), workers=1, progress=False)
+    default = load_corpus("folder", tmp_path / "data", archive=str(tree), form={"grid": 4, "velocities": 0})
+    assert plain == default and plain[0].path.parent.name + "-grid12-pedal1-velocities8" == fine[0].path.parent.name
+    assert [p.losses["moved"] for p in fine] == [0] * 3 and all(p.losses["moved"] for p in plain)
+    assert {n.time % 160 for p in fine for n in Score(p.path).tracks[0].notes} == {0}
+
+
+def test_two_processes_that_build_one_cache_lose_nothing_when_both_are_killed(tmp_path):
+    tree, data = tmp_path / "tree", tmp_path / "data"
+    tree.mkdir()
+    for i in range(400):
+        score_of((0, melody(i))).dump_midi(tree / f"{i:03}.mid")
+    code = (f"from mtxlib.music.corpus import load_corpus\n"
+            f"load_corpus('folder', {str(data)!r}, archive={str(tree)!r}, workers=1, progress=False)")
+
+    def start():
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+    processes, n_lines = [start(), start()], 0
+    while n_lines < 100:
+        time.sleep(0.01)
+        assert all(p.poll() is None for p in processes), "they had time to end: nothing is shown"
+        n_lines = sum(part.read_text().count("\n") for part in data.glob("*/*.part"))
+    for p in processes:
+        p.send_signal(signal.SIGKILL)
+    said = [p.communicate()[0] for p in processes]
+    assert sum("waiting for another process that reads folder" in text for text in said) == 1
+    processes = [start(), start()]
+    assert ["400 pieces" in p.communicate()[0] for p in processes] == [True, True]
+    pieces = load_corpus("folder", data, archive=str(tree), progress=False)
+    assert [p.name for p in pieces] == [f"{i:03}.mid" for i in range(400)]
+    for p in pieces[::20]:
+        assert notes_of(Score(p.path)) == notes_of(read_score(tree / p.name))
 
 
 @pytest.fixture
