@@ -19,9 +19,18 @@ class DataConfig:
     tokenizer: str = "REMI"  # MidiTok tokenizer: REMI, TSD or MMM
     bpe_vocab: int = 600  # vocabulary size after BPE, learned on the training split; 0 uses no BPE
     n_bars: int = 4  # bars a window
+    grid: int = 4  # positions a quarter that notes go to: 4 (16ths), 8 (32nds), 12 (16ths and triplets) or 24
+    velocities: int = 0  # how many loudnesses there are; 0 writes every note equally loud
+    tempos: int = 0  # how many tempos there are, at equal ratios; 0 keeps a piece's first one only
+    pedal: bool = False  # notes last as long as the sustain pedal holds them
     hop: int = 1  # bars between the starts of two training windows
     transpose: bool = True  # store the training windows in twelve keys, -5 to +6 semitones
     store: str = ""  # folder of the token store; filled in by the tokenization
+
+    @property
+    def form(self) -> dict:
+        """The dials of `music.score.normalise`, as `load_corpus` and the readers take them."""
+        return {"grid": self.grid, "velocities": self.velocities, "tempos": self.tempos, "pedal": self.pedal}
 
 
 @dataclass(frozen=True)
@@ -156,11 +165,12 @@ CHOICES = {
     "precision": ("auto", "bf16", "fp32"),
     "wandb": ("off", "offline", "online"),
     "rows_per_bar": (1, 2, 4),
+    "grid": (4, 8, 12, 24),
 }
 POSITIVE = ("n_bars", "hop", "d_model", "enc_layers", "dec_layers", "n_heads", "latent_channels", "conv_stride",
             "max_tokens", "steps", "batch_size", "accumulate", "lr", "grad_clip", "eval_every", "eval_windows")
-NOT_NEGATIVE = ("limit", "bpe_vocab", "lr_warmup", "weight_decay", "beta_max", "beta_warmup", "free_bits",
-                "target_rate", "target_start", "patience", "threads")
+NOT_NEGATIVE = ("limit", "bpe_vocab", "velocities", "tempos", "lr_warmup", "weight_decay", "beta_max", "beta_warmup",
+                "free_bits", "target_rate", "target_start", "patience", "threads")
 SHARES = ("dropout", "dec_token_dropout", "enc_token_dropout", "ema")
 
 
@@ -208,6 +218,8 @@ def check(config: Config) -> None:
         raise ValueError("parameter 'target_rate': expected the nats to hold with beta_schedule 'rate', got 0")
     if flat["beta_schedule"] == "rate" and not flat["variational"]:
         raise ValueError("parameter 'variational': expected True with beta_schedule 'rate', which steers a KL")
+    if flat["velocities"] > 127:
+        raise ValueError(f"parameter 'velocities': expected at most 127, as many as MIDI has, got {flat['velocities']}")
     for name in SHARES:
         if not 0 <= flat[name] < 1:
             raise ValueError(f"parameter {name!r}: expected a share in [0, 1), got {flat[name]!r}")
