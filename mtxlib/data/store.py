@@ -62,27 +62,74 @@ class SlotTable:
         return torch.from_numpy(np.stack(columns, 1))
 
 
-class Grammar:
-    """Which ids may come next, so that sampling writes whole notes, forward in time, within the window's bars, and none
-    twice at one place.
+class Begun:
+    """The notes that B sequences have begun at the place in time where they are: `at` (B, programs, pitches + 1), the
+    last column always False, and the program each has named last."""
 
-    ends: (V, 3) integers: the kinds of an id's first and last base token, and the position it sets before any other
-    timing, -1 for none. follows: (K, K), True where a kind may come after another. fresh: kinds after which any
-    position of the bar is still ahead. table: the clock's.
+    def __init__(self, batch: int, programs: int, pitches: int):
+        self.at, self.program = np.zeros((batch, programs, pitches + 1), bool), np.zeros(batch, int)
+
+    def keep(self, rows: np.ndarray) -> None:
+        self.at, self.program = self.at[rows], self.program[rows]
+
+
+class Grammar:
+    """Which ids may come next, so that sampling writes whole notes, forward in time, on the grid of sixteenths, within
+    the window's bars, and none twice at one place.
+
+    ends: (V, 4) integers: the kinds of an id's first and last base token, the position it sets before any other timing,
+    -1 for none, and 1 where it sets an odd one in the metre that it finds. follows: (K, K), True where a kind may come after another. fresh: kinds after which any
+    position of the bar is still ahead. table: the clock's. notes: for each id the chords it writes, a list of (program,
+    pitch) each, from 0, the program -1 for the one named before; the first chord where it stood, each other one where
+    it has moved to in time. named: the program each id names last, -1 for none. sizes: how many programs and pitches.
     """
 
-    def __init__(self, ends: np.ndarray | list, follows: np.ndarray, fresh: list[int], table: SlotTable):
-        first, self.last, self.position = np.asarray(ends).T
+    def __init__(self, ends: np.ndarray | list, follows: np.ndarray, fresh: list[int], table: SlotTable,
+                 notes: list[list[list[tuple[int, int]]]], named: list[int], sizes: tuple[int, int]):
+        first, self.last, self.position, self.is_odd = np.asarray(ends).T
         self.after, self.is_fresh = follows[:, first], np.isin(self.last, fresh)
         self.is_still = self.position < 0
         self.most_bars = table.n_slots // SLOTS_PER_BAR - table.rows[:, 0]
+        self.named, self.sizes, (n_programs, n_pitches) = np.asarray(named), sizes, sizes
+        self.moves = np.array([len(chords) > 1 for chords in notes])
+        width = max(len(chord) for chords in notes for chord in chords) or 1
+        # Places in `Begun.at`, flat: of the first and the last chord; what is not there is the column that stays False.
+        self.opens, self.leaves = np.full((2, len(notes), width), n_pitches)
+        self.pending = np.full(len(notes), n_pitches)  # the pitch whose program was named before
+        self.clashes = np.zeros((n_programs, len(notes)), bool)  # ids that double a note if that program was named
+        for i, chords in enumerate(notes):
+            for places, chord in ((self.opens, chords[0]), (self.leaves, chords[-1])):
+                known = [program * (n_pitches + 1) + pitch for program, pitch in chord if program >= 0]
+                places[i, :len(known)] = known
+            for program, pitch in chords[0]:
+                if program < 0:
+                    self.pending[i] = pitch
+            for program in range(n_programs if max(map(len, chords)) > 1 else 0):
+                told = [[(program if p < 0 else p, pitch) for p, pitch in chord] for chord in chords]
+                self.clashes[program, i] = any(len(set(chord)) < len(chord) for chord in told)
 
-    def allows(self, previous: np.ndarray, clock: np.ndarray) -> np.ndarray:
-        """Ids that may follow `previous` (B,) when the clock (B, 4) has read it: (B, V), one of them at least."""
+    def start(self, batch: int) -> Begun:
+        return Begun(batch, *self.sizes)
+
+    def read(self, begun: Begun, ids: np.ndarray) -> None:
+        """Take note of one id (B,) a sequence."""
+        rows = np.arange(len(ids))
+        begun.at[rows, begun.program, self.pending[ids]] = True
+        begun.at[self.moves[ids]] = False
+        begun.at.reshape(len(ids), -1)[rows[:, None], self.leaves[ids]] = True
+        begun.at[..., -1] = False
+        named = self.named[ids]
+        begun.program = np.where(named < 0, begun.program, named)
+
+    def allows(self, previous: np.ndarray, clock: np.ndarray, begun: Begun) -> np.ndarray:
+        """Ids that may follow `previous` (B,) when the clock (B, 4) and `begun` have read it: (B, V), one of them at
+        least."""
         bar, position, unit, length = clock.T[..., None]
         position = np.where(self.is_fresh[previous, None], -1, position)
         allowed = self.after[self.last[previous]] & (self.is_still | (self.position > position))
-        allowed &= (self.position * unit < length) & (bar <= self.most_bars)
+        allowed &= (self.position * unit < length) & (bar <= self.most_bars) & (self.is_odd * unit != 1)
+        allowed &= ~(self.clashes[begun.program] | begun.at[np.arange(len(clock)), begun.program][:, self.pending])
+        allowed &= ~begun.at.reshape(len(clock), -1)[:, self.opens.T].any(1)
         allowed[:, EOS] |= ~allowed.any(1)
         return allowed
 

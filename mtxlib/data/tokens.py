@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib.metadata import version
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -124,12 +124,17 @@ class Codec:
         kind_of = [kinds.index(kind) if kind in FOLLOWS else kinds.index("PAD") for kind in self.kinds]
         ends = []
         for ids in self.expansion:
-            times = [i for i in ids if self.kinds[i] in TIMING]
-            jumps = times and self.kinds[times[0]] == "Position"
-            ends.append([kind_of[ids[0]], kind_of[ids[-1]], int(self.names[times[0]][9:]) if jumps else -1]
-                        if ids else [kinds.index("PAD"), kinds.index("PAD"), -1])
+            found = takewhile(lambda name: not name.startswith("TimeSig"), (self.names[i] for i in ids))
+            times = [name for name in found if beat_of(name) >= 0]
+            at = [int(name[9:]) if name.startswith("Position") else -1 for name in times] or [-1]
+            first, last = (kind_of[ids[0]], kind_of[ids[-1]]) if ids else [kinds.index("PAD")] * 2
+            ends.append([first, last, at[0], any(position > 0 and position % 2 for position in at)])
         may = np.array([[b in FOLLOWS[a].split() for b in kinds] for a in kinds])
-        return Grammar(ends, may, [kinds.index("Bar"), kinds.index("TimeSig")], self.table)
+        programs, pitches = ({name: i for i, name in enumerate(n for n in self.names if n.startswith(kind))}
+                             for kind in ("Program_", "Pitch"))
+        written = [chords_of([self.names[i] for i in ids], programs, pitches) for ids in self.expansion]
+        return Grammar(ends, may, [kinds.index("Bar"), kinds.index("TimeSig")], self.table, *zip(*written, strict=True),
+                       (len(programs), len(pitches)))
 
     def cuts(self, ids: np.ndarray) -> list[int]:
         """Where a new beat or bar begins in base ids: BPE merges stay between two cuts."""
@@ -220,6 +225,19 @@ def slot_row(names: list[str]) -> list[int]:
             beats, denominator = map(int, value.split("/"))
             unit, length = 8 // denominator, beats * 32 // denominator
     return [bars, position, unit, length]
+
+
+def chords_of(names: list[str], programs: dict[str, int], pitches: dict[str, int]) -> tuple[list[list], int]:
+    """The notes that base tokens begin, as `Grammar` wants them, and the program that is named last."""
+    chords, program = [[]], -1
+    for name in names:
+        if beat_of(name) >= 0:
+            chords.append([])
+        elif name in programs:
+            program = programs[name]
+        elif name in pitches:
+            chords[-1].append((program, pitches[name]))
+    return chords, program
 
 
 class Cut(NamedTuple):

@@ -29,7 +29,7 @@ from mtxlib.data.tokens import (
     tokenize,
 )
 from mtxlib.music.corpus import load_corpus
-from mtxlib.music.score import bar_starts, chain, cut, join, window_bars
+from mtxlib.music.score import bar_starts, chain, cut, join, note_counts, window_bars
 
 ROOT = Path(__file__).parents[2]
 JSFAKES = ROOT / "../shared/data/jsfakes.zip"
@@ -235,32 +235,73 @@ def test_the_grammar_allows_every_window(codec, bpe, pieces):
     windows[0].time_signatures.append(TimeSignature(3 * 1920, 3, 4))  # in a bar after the last note
     windows[0].tracks = [t.clip(0, 1920) for t in windows[0].tracks]
     for ids in codec.encode(windows):
-        clock = codec.table.start(1)
+        clock, begun = codec.table.start(1), codec.grammar.start(1)
         for previous, following in zip(ids[:-1, None], ids[1:], strict=True):
             clock, _ = codec.table.advance(clock, previous)
-            allowed = codec.grammar.allows(previous, clock)
+            codec.grammar.read(begun, previous)
+            allowed = codec.grammar.allows(previous, clock, begun)
             assert allowed.shape == (1, codec.vocab_size) and allowed[0, following], (
                 [codec.names[i] for i in codec.expand(ids[ids != following].tolist())][-4:], int(following))
 
 
 @pytest.mark.parametrize("bpe", [False, True], ids=["base", "bpe"])
 def test_what_the_grammar_allows_are_whole_notes_within_the_window(codec, bpe, pieces):
-    """A walk of ids drawn from all that are allowed becomes a note a pitch, forward in time, in at most four bars."""
+    """A walk of ids drawn from all that are allowed becomes a note a pitch, forward in time, in at most four bars, and
+    no note twice at one place."""
     codec, rng = learned(codec, pieces) if bpe else codec, np.random.default_rng(0)
     for _ in range(8):
-        ids, clock, last = [BOS], codec.table.start(1), -1
+        ids, clock, begun, last = [BOS], codec.table.start(1), codec.grammar.start(1), -1
         while ids[-1] != EOS and len(ids) < 400:
             clock, [slot] = codec.table.advance(clock, np.array(ids[-1:]))
             assert slot >= last
             last = int(slot)
-            allowed = codec.grammar.allows(np.array(ids[-1:]), clock)[0]
+            codec.grammar.read(begun, np.array(ids[-1:]))
+            allowed = codec.grammar.allows(np.array(ids[-1:]), clock, begun)[0]
             assert allowed.any() and not allowed[[PAD, BOS, MASK]].any()
             ids.append(int(rng.choice(np.flatnonzero(allowed))))
         kinds, score = Counter(codec.names[i].split("_")[0] for i in codec.expand(ids)), codec.decode(ids)
-        assert kinds["Bar"] <= 4
+        assert kinds["Bar"] <= 4 and max(note_counts(score).values(), default=1) == 1
         assert kinds["Pitch"] + kinds["PitchDrum"] - kinds["Duration"] in (0, 1), "1 where it was cut"
         end = [*bar_starts(score), math.inf, math.inf, math.inf, math.inf][4]
         assert all(n.start < end for t in score.tracks for n in t.notes)
+
+
+def places(codec, ids):
+    """(program, bar, position, pitch) of all notes that ids begin, by hand."""
+    found, program, bar, position = [], None, 0, 0
+    for name in (codec.names[i] for i in codec.expand(ids)):
+        kind, _, value = name.partition("_")
+        if kind == "Bar":
+            bar, position = bar + 1, 0
+        elif kind == "Position":
+            position = int(value)
+        elif kind == "Program":
+            program = value
+        elif kind in ("Pitch", "PitchDrum"):
+            found.append((program, bar, position, value))
+    return found
+
+
+@pytest.mark.parametrize("bpe", [False, True], ids=["base", "bpe"])
+def test_the_grammar_forbids_exactly_what_would_double_a_note(codec, bpe, pieces):
+    codec, rng = learned(codec, pieces, 150) if bpe else codec, np.random.default_rng(1)
+    forbidden = pending = 0
+    for _ in range(4):
+        ids, clock, begun = [BOS], codec.table.start(1), codec.grammar.start(1)
+        while ids[-1] != EOS and len(ids) < 150:
+            last = np.array(ids[-1:])
+            clock, _ = codec.table.advance(clock, last)
+            codec.grammar.read(begun, last)
+            allowed = codec.grammar.allows(last, clock, begun)[0]
+            free = codec.grammar.allows(last, clock, codec.grammar.start(1))[0]  # nothing begun before
+            written = [places(codec, [*ids, int(i)]) for i in np.flatnonzero(free)]
+            assert allowed[free].tolist() == [len(set(notes)) == len(notes) for notes in written]
+            forbidden += (free & ~allowed).sum()
+            pending += any(codec.kinds[codec.expansion[i][0]] == "Pitch" for i in np.flatnonzero(free & ~allowed))
+            still = allowed & codec.grammar.is_still  # as many notes at one place as can be
+            still[EOS] = False
+            ids.append(int(rng.choice(np.flatnonzero(still if still.any() and rng.random() < 0.9 else allowed))))
+    assert forbidden > 100 and pending > 20
 
 
 # -- keys -----------------------------------------------------------------------------------------------------------
