@@ -4,26 +4,14 @@ Everything here is tokens and tensors; `run.py` makes scores of them. The clock 
 window the next token stands, so decoding needs no tokenizer.
 """
 
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from mtxlib.config import BOS, EOS, MASK, PAD
 from mtxlib.data.store import Grammar, SlotTable
+from mtxlib.model.layers import without_onednn
 from mtxlib.model.vae import MusicVAE
-
-
-@contextmanager
-def without_onednn():
-    """Within it PyTorch uses its own kernels on a CPU: oneDNN's GELU of one token takes 40 microseconds, theirs one."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
 
 
 @torch.inference_mode()
@@ -48,7 +36,7 @@ def decode(model: MusicVAE, table: SlotTable, z: Tensor, is_live: Tensor | None 
     # What all begin with is read at once.
     ids, slots = out[:, :common], np.stack([place.read(column) for column in out[:, :common].T], 1)
     for t in range(common, max_tokens):
-        logits = model.proceed(*torch.from_numpy(np.stack([ids, slots])).to(device), decoding)[:, -1].float()
+        logits = model.proceed(*torch.from_numpy(np.stack([ids, slots])).to(device), decoding).float()
         logits = logits.masked_fill(torch.from_numpy(place.forbids(logits.shape[1])).to(device), -torch.inf)
         chosen = choose(logits, temperature, top_p, generator).cpu().numpy()
         ids = np.where(t < given[rows], out[rows, t], np.where(place.previous == EOS, EOS, chosen))

@@ -73,8 +73,9 @@ def greedy(model: MusicVAE, codec: Codec, z: Tensor, is_live: Tensor, max_tokens
 
 
 def fidelity(codec: Codec, originals: list[list[int]], decoded: list[list[int]]) -> dict[str, float]:
-    """note_f1 over all notes together, the share of found notes with the right length, and of exact windows."""
-    found = wanted = given = right_length = exact = 0
+    """note_f1 over all notes together, the share of found notes with the right length, of exact windows, and of decoded
+    notes that double another of the same voice, onset and pitch."""
+    found = wanted = given = right_length = exact = repeats = 0
     for original, ours in zip(originals, decoded, strict=True):
         a, b = codec.decode(original), codec.decode(ours)
         notes_a, notes_b = note_counts(a), note_counts(b)
@@ -82,9 +83,10 @@ def fidelity(codec: Codec, originals: list[list[int]], decoded: list[list[int]])
         found, wanted, given = found + both.total(), wanted + notes_a.total(), given + notes_b.total()
         lengths_a, lengths_b = durations(a), durations(b)
         right_length += sum(lengths_a[note] == lengths_b[note] for note in both)
+        repeats += notes_b.total() - len(notes_b)
         exact += notes_a == notes_b and lengths_a == lengths_b
     return {"note_f1": 2 * found / max(1, wanted + given), "duration_accuracy": right_length / max(1, found),
-            "exact_windows": exact / len(originals)}
+            "exact_windows": exact / len(originals), "repeats": repeats / max(1, given)}
 
 
 @torch.no_grad()

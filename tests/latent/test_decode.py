@@ -105,9 +105,9 @@ class Scripted:
         self.step += 1
         who = self.z[:, 0, 0].long().tolist()
         self.asked.append(who)
-        logits = torch.zeros(len(who), 1, 8)
+        logits = torch.zeros(len(who), 8)
         for row, i in enumerate(who):
-            logits[row, 0, EOS if self.step >= self.lengths[i] else 5] = 50.0
+            logits[row, EOS if self.step >= self.lengths[i] else 5] = 50.0
         return logits
 
 
