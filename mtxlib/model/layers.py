@@ -154,8 +154,10 @@ class Cache:
         D = weight.shape[1]
         pairs = torch.arange(D, device=weight.device).view(H, 2, -1).transpose(1, 2).flatten()
         order = torch.cat([pairs, pairs + D, torch.arange(2 * D, 3 * D, device=weight.device)])
-        self.qkv = [block.attention.qkv.weight[order] for block in blocks]
-        self.blocks, self.size, self.length = blocks, size, 0
+        self.layers = [(norm_of(block.norm1), block.attention.qkv.weight[order], block.attention.out.weight.t(),
+                        block.cross and (norm_of(block.norm2), block.cross.q.weight, block.cross.out.weight.t()),
+                        norm_of(block.norm3), block.mlp.up.weight, block.mlp.down.weight.t()) for block in blocks]
+        self.size, self.length = size, 0
         self.memory, self.may_attend = memory or [None] * len(blocks), may_attend
         self.kept = torch.zeros(len(blocks), batch, 2, H, size, D // H, device=weight.device, dtype=weight.dtype)
         half = D // H // 2
@@ -172,21 +174,21 @@ class Cache:
             raise ValueError(f"the cache holds {self.size} positions and, when filled, takes one at a time: got {T} "
                              f"after {start}")
         self.length, H, x = end, self.kept.shape[3], x.flatten(0, 1)
-        for i, block in enumerate(self.blocks):
+        for i, (norm1, qkv, out, cross, norm3, up, down) in enumerate(self.layers):
             if added is not None:
                 x = x + added[i]
-            q_k_v = F.linear(normed(x, block.norm1), self.qkv[i]).view(B, T, 3, H, -1, 2)
+            q_k_v = F.linear(torch.layer_norm(x, *norm1), qkv).view(B, T, 3, H, -1, 2)
             q_k_v = torch.view_as_real(torch.view_as_complex(q_k_v) * self.turn[start:end]).flatten(-2).transpose(1, 3)
             self.kept[i, :, :, :, start:end] = q_k_v[:, :, 1:].transpose(1, 2)
             k, v = self.kept[i, :, :, :, :end].unbind(1)
             y = F.scaled_dot_product_attention(q_k_v[:, :, 0], k, v, is_causal=T > 1)
-            x = torch.addmm(x, y.transpose(1, 2).reshape(B * T, D), block.attention.out.weight.t())
-            if block.cross is not None:
-                q = F.linear(normed(x, block.norm2), block.cross.q.weight).view(B, T, H, -1).transpose(1, 2)
+            x = torch.addmm(x, y.transpose(1, 2).reshape(B * T, D), out)
+            if cross is not None:
+                norm2, to_q, out = cross
+                q = F.linear(torch.layer_norm(x, *norm2), to_q).view(B, T, H, -1).transpose(1, 2)
                 y = F.scaled_dot_product_attention(q, *self.memory[i], self.may_attend)
-                x = torch.addmm(x, y.transpose(1, 2).reshape(B * T, D), block.cross.out.weight.t())
-            up = F.gelu(F.linear(normed(x, block.norm3), block.mlp.up.weight))
-            x = torch.addmm(x, up, block.mlp.down.weight.t())
+                x = torch.addmm(x, y.transpose(1, 2).reshape(B * T, D), out)
+            x = torch.addmm(x, F.gelu(F.linear(torch.layer_norm(x, *norm3), up)), down)
         return x.view(B, T, D)
 
     def keep(self, rows: Tensor) -> "Cache":
@@ -197,5 +199,6 @@ class Cache:
         return self
 
 
-def normed(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+def norm_of(norm: nn.LayerNorm) -> tuple:
+    """What `torch.layer_norm` wants after x."""
+    return norm.normalized_shape, norm.weight, norm.bias, norm.eps

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtxlib.config import PAD, SLOTS_PER_BAR, ModelConfig
-from mtxlib.model.layers import Cache, DecoderBlock, EncoderBlock, attend, normed, split_heads
+from mtxlib.model.layers import Cache, DecoderBlock, EncoderBlock, attend, split_heads
 
 LOGVAR_RANGE = (-8.0, 4.0)  # keeps exp(logvar) sane in bf16; a posterior this narrow costs 3.5 nats a dimension
 
@@ -340,7 +340,7 @@ class MusicVAE(nn.Module):
             rows = take_rows(decoding.told, self.bottleneck.row_of(slots, decoding.cache.length))
             added = rows.flatten(0, 1).split(self.config.d_model, dim=-1)
         x = decoding.cache.read(self.decoder.embedding(ids, slots), added)[:, -1]
-        return F.linear(normed(x, self.decoder.norm), self.decoder.head.weight)
+        return self.decoder.head(self.decoder.norm(x))
 
     def rows_at(self, z: Tensor, slots: Tensor, start: int) -> Tensor:
         """Each token's own row of z and the next, zeros after the last: (B, T, 2C)."""
