@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_file
 from conftest import score_of
+from safetensors.torch import save_file
 from symusic import Score
 
 from mtxlib.latent import attributes
