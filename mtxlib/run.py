@@ -29,9 +29,9 @@ from mtxlib.latent.interpolate import mix, slerp
 from mtxlib.model.prior import RowPrior, fit, load_prior, save_prior
 from mtxlib.model.vae import MusicVAE
 from mtxlib.music.corpus import Piece, load_corpus
-from mtxlib.music.metrics import ATTRIBUTES, closes
+from mtxlib.music.metrics import ATTRIBUTES, closes, stopping
 from mtxlib.music.readers import read_safely
-from mtxlib.music.score import KEY_NAMES, bar_starts, chain, cut, join, key_of, normalise, voices_of, window_bars
+from mtxlib.music.score import KEY_NAMES, bar_starts, chain, cut, join, key_of, normalise, window_bars
 
 Music = "str | Path | Piece | Score"
 BATCH = 128  # windows encoded or decoded at once
@@ -250,8 +250,8 @@ class Run:
             spans.append((done - bar, min(self.n_bars, bars - bar)))
             done = bar + self.n_bars
         scores = [chain(piece, spans) for piece in pieces]
-        voices = voices_of(scores)
-        return [next((score for score in scores[i:i + endings] if closes(score, voices)), scores[i])
+        last = stopping(scores)
+        return [next((score for score in scores[i:i + endings] if closes(score, last)), scores[i])
                 for i in range(0, len(scores), endings)]
 
     def context(self, window: Score, last: int, n: int) -> list[int]:

@@ -37,6 +37,8 @@ SIGNATURES = {f"{tonic} {mode}": (7 * (i + 3 * (mode == "minor"))) % 12  # steps
               for mode, (tonics, _) in KEYS.items() for i, tonic in enumerate(tonics.split())}
 TONICS = {f"{tonic} {mode}": i for mode, (tonics, _) in KEYS.items() for i, tonic in enumerate(tonics.split())}
 KEY_NAMES = (*TONICS, "")  # the last: unknown
+PROFILES = np.array([np.roll(profile, i) for _, profile in KEYS.values() for i in range(12)])  # (24, 12), as TONICS
+PROFILES = (PROFILES - PROFILES.mean(1, keepdims=True)) / (PROFILES.std(1, keepdims=True) * 12 ** 0.5)
 
 
 class Unusable(ValueError):
@@ -268,17 +270,17 @@ def key_fits(score: Score) -> dict[str, float]:
     for t in score.tracks:
         if not t.is_drum:
             notes = t.notes.numpy()
-            np.add.at(weights, notes["pitch"] % 12, notes["duration"])
+            weights += np.bincount(notes["pitch"] % 12, notes["duration"], minlength=12)
     if not weights.std():
         return {}
-    return {f"{tonic} {mode}": np.corrcoef(np.roll(profile, i), weights)[0, 1]
-            for mode, (tonics, profile) in KEYS.items() for i, tonic in enumerate(tonics.split())}
+    centred = weights - weights.mean()
+    return dict(zip(TONICS, (PROFILES @ (centred / np.linalg.norm(centred))).tolist(), strict=True))
 
 
 def key_of(score: Score) -> str:
     """The key that fits best, "" where there is none."""
     fits = key_fits(score)
-    return max(fits, key=lambda key: (fits[key], key), default="")
+    return max(fits, key=lambda key: (round(fits[key], 9), key), default="")  # rounded: a tie is one on any machine
 
 
 def bar_starts(score: Score) -> list[int]:
@@ -368,56 +370,81 @@ def chain(windows: list[Score], spans: list[tuple[int, int]]) -> Score:
     return out
 
 
+# -- notes as arrays, in steps of a 24th of a quarter, into which every grid goes evenly -------------------------------
+
+STEPS, SIXTEENTH = 24, 6  # steps a quarter, steps a sixteenth
+
+
 def voices_of(scores: list[Score]) -> list[int]:
-    """The programs of all tracks but drums, from the highest mean pitch to the lowest."""
-    pitches: dict[int, list[int]] = {}
-    for track in (t for score in scores for t in score.tracks if t.notes and not t.is_drum):
-        pitches.setdefault(track.program, []).extend(n.pitch for n in track.notes)
-    return sorted(pitches, key=lambda program: -np.mean(pitches[program]))
+    """The programs of all tracks with notes, -1 for drums, in the order of the tracks, which is that of the tokens."""
+    return list(dict.fromkeys(-1 if t.is_drum else t.program for score in scores for t in score.tracks if t.notes))
 
 
-def notes_of(score: Score, voices: list[int]) -> np.ndarray:
-    """(N, 4) integers: voice, onset and length in sixteenths, one at least, pitch; by voice, then onset."""
-    notes = [(voices.index(t.program), n.start * 4 // score.tpq, max(1, n.duration * 4 // score.tpq), n.pitch)
-             for t in score.tracks if not t.is_drum and t.program in voices for n in t.notes]
-    return np.array(sorted(notes), dtype=int).reshape(-1, 4)
+def notes_of(score: Score) -> np.ndarray:
+    """(N, 4) integers in ascending order: voice (program, -1 for drums), onset and length in steps, one at least,
+    pitch."""
+    rows = [np.zeros((0, 4), int)]
+    for track in score.tracks:
+        notes = {name: x.astype(int) for name, x in track.notes.numpy().items()}
+        onset, length = ((2 * STEPS * notes[x] + score.tpq) // (2 * score.tpq) for x in ("time", "duration"))
+        voice = np.full(len(onset), -1 if track.is_drum else track.program)
+        rows.append(np.stack([voice, onset, length.clip(1), notes["pitch"]], 1))
+    notes = np.concatenate(rows)
+    return notes[np.lexsort(notes.T[::-1])]
 
 
-def grid(score: Score, voices: list[int], steps: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The pitch that sounds, 0 for none, and whether it begins there: (V, T) each, of the first `steps` sixteenths, or
-    to the end of the last note."""
-    notes = notes_of(score, voices)
-    steps = (notes[:, 1] + notes[:, 2]).max(initial=0) if steps is None else steps
-    pitch, begins = np.zeros((len(voices), steps), int), np.zeros((len(voices), steps), bool)
-    for voice, onset, length, p in notes:
-        pitch[voice, onset:onset + length], begins[voice, onset:onset + 1] = p, True
-    return pitch, begins
+def sounding(notes: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the notes (N, 4) sounds at which of the times (T,), in steps and ascending: indices of both, (M,)
+    each."""
+    first, last = (np.searchsorted(times, at) for at in (notes[:, 1], notes[:, 1] + notes[:, 2]))
+    often = last - first
+    which = np.repeat(np.arange(len(notes)), often)
+    return which, np.arange(len(which)) + np.repeat(last - often.cumsum(), often)
 
 
-def chords_of(score: Score, voices: list[int]) -> np.ndarray:
-    """(V, number of chords): the columns of the grid in which some voice begins a note."""
-    pitch, begins = grid(score, voices)
-    return pitch[:, begins.any(0)]
+def roll(score: Score, voices: list[int], steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Piano roll, (V, T, 128) booleans each: which pitches sound in the first `steps` steps, and which begin."""
+    sounds, begins = np.zeros((2, len(voices), steps, 128), bool)
+    notes = notes_of(score)
+    notes = notes[np.isin(notes[:, 0], voices) & (notes[:, 1] < steps)]
+    voice = np.array([voices.index(v) for v in notes[:, 0].tolist()], int)
+    which, when = sounding(notes, np.arange(steps))
+    sounds[voice[which], when, notes[which, 3]] = True
+    begins[voice, notes[:, 1], notes[:, 3]] = True
+    return sounds, begins
+
+
+def score_of(sounds: np.ndarray, begins: np.ndarray, voices: list[int]) -> Score:
+    """The notes of a piano roll (see `roll`); one that sounds without having begun begins where it is first heard."""
+    before = np.pad(sounds, ((0, 0), (1, 1), (0, 0)))
+    now, before = before[:, 1:], before[:, :-1]
+    begins = now & (np.pad(begins, ((0, 0), (0, 1), (0, 0))) | ~before)
+    ends = before & (begins | ~now)
+    voice, pitch, start = np.nonzero(begins.transpose(0, 2, 1))
+    length = np.nonzero(ends.transpose(0, 2, 1))[2] - start
+    score, tick = Score(TPQ), TPQ // STEPS
+    for i, program in enumerate(voices):
+        own = np.flatnonzero(voice == i)
+        own = own[np.argsort(start[own], kind="stable")]
+        track = Track("Drums" if program < 0 else "", max(program, 0), program < 0)
+        track.notes = Note.from_numpy(start[own] * tick, length[own] * tick, pitch[own], np.full(len(own), VELOCITY))
+        score.tracks.append(track)
+    return score
 
 
 def bar_lines(score: Score) -> np.ndarray:
-    return np.array(bar_starts(score)) * 4 // score.tpq
-
-
-def track_programs(*scores: Score) -> list[int]:
-    """Programs of the tracks but drums, in the order of the tracks, which is that of the tokens."""
-    return list(dict.fromkeys(t.program for score in scores for t in score.tracks if not t.is_drum))
+    """Steps of all bar lines, see `bar_starts`."""
+    return np.array(bar_starts(score)) * STEPS // score.tpq
 
 
 def note_counts(score: Score) -> Counter:
-    """(voice, onset in sixteenths, pitch) -> how many; the voice is its MIDI program, -1 for drums."""
-    return Counter((-1 if t.is_drum else t.program, round(n.start * 4 / score.tpq), n.pitch)
-                   for t in score.tracks for n in t.notes)
+    """(voice, onset in steps, pitch) -> how many; the voice is its MIDI program, -1 for drums."""
+    return Counter((voice, onset, pitch) for voice, onset, _, pitch in notes_of(score).tolist())
 
 
 def durations(score: Score) -> dict:
-    return {(-1 if t.is_drum else t.program, round(n.start * 4 / score.tpq), n.pitch): round(n.duration * 4 / score.tpq)
-            for t in score.tracks for n in t.notes}
+    """(voice, onset, pitch), as in `note_counts` -> length in steps, of several the longest."""
+    return {(voice, onset, pitch): length for voice, onset, length, pitch in notes_of(score).tolist()}
 
 
 def note_f1(a: Score, b: Score) -> float:
