@@ -71,7 +71,7 @@ class TrainConfig:
     dropout_kind: str = "mask"  # replace by the mask token, or by a random token
     spare_structure: bool = True  # token dropout leaves tokens that are bar or position only; BPE leaves few
     ema: float = 0.0  # decay of the moving average of the weights; 0 turns it off
-    precision: str = "auto"  # auto (bf16 where it helps), bf16 or fp32
+    precision: str = "auto"  # auto (bf16 where this machine multiplies faster in it), bf16 or fp32
     compile: bool = False  # torch.compile the model
     eval_every: int = 200  # steps between validations
     eval_windows: int = 256  # validation windows per validation, drawn once

@@ -13,6 +13,7 @@ from mtxlib.book.cluster import Jobs, Processes
 from mtxlib.book.notebooks import NOTEBOOKS, NotebookFailed, find_notebooks, report, run_notebooks
 from mtxlib.book.sweep import SWEEP_FORMAT, run_sweep
 from mtxlib.config import PRESETS
+from mtxlib.processes import share_cores
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -130,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ending a job stops its kernel as Ctrl-C does
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm warns every process of a job with it, see mtxlib.book.cluster
+    share_cores()
     args = parser().parse_args(argv)
     try:
         return args.call(args)

@@ -26,8 +26,7 @@ def rotation(start: int, end: int, channels: int, like: Tensor) -> tuple[Tensor,
 def rotary(x: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair of channels of x (B, H, T, E) by an angle that grows with its position, `by` a `rotation`."""
     cos, sin = by
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([b, a], dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor | None = None, causal: bool = False,

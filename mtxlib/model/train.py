@@ -37,7 +37,7 @@ from mtxlib.data.store import Batch, TokenDropout, TokenStore, epoch_batches
 from mtxlib.files import append, atomic, atomic_text, brief
 from mtxlib.model.likelihood import Measured, measure
 from mtxlib.model.losses import Terms, beta_at, kl_per_dim, lr_at, objective, rate_at, reconstruction, steer
-from mtxlib.model.optim import autocast_for, make_optimizers
+from mtxlib.model.optim import autocast_for, explain, make_optimizers
 from mtxlib.model.vae import MusicVAE
 
 LOG_EVERY = 10  # steps a line of metrics.jsonl is the mean of
@@ -66,7 +66,7 @@ class Trainer:
             torch.set_num_threads(self.c.threads)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.store = TokenStore(config.data.store)
-        self.autocast = autocast_for(self.c.precision, self.device)
+        self.autocast, self.precision = (f(self.c.precision, self.device) for f in (autocast_for, explain))
         torch.manual_seed(self.c.seed)
         self.model = MusicVAE(config.model, self.store.vocab_size, self.store.n_bars).to(self.device)
         self.average = (AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.c.ema), use_buffers=True)
@@ -86,7 +86,7 @@ class Trainer:
         # The optimiser sees nats per token of an average window: gradient clipping then means the same everywhere.
         self.loss_scale = 1.0 / float(self.store.lengths[self.train_indices].mean())
         self.step, self.best, self.bad, self.seconds = 0, math.inf, 0, 0.0
-        self.steered = 0.01  # beta of the next step under schedule `rate`
+        self.steered = torch.tensor(0.01, device=self.device)  # beta of the next step under schedule `rate`
         self.sums: dict = {}  # of what `update` gave since the last line of metrics.jsonl
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class Trainer:
     def steers(self) -> bool:
         return self.c.beta_schedule == "rate"
 
-    def beta(self, step: int) -> float:
+    def beta(self, step: int) -> float | torch.Tensor:
         return self.steered if self.steers else beta_at(step, self.c.beta_schedule, self.c.beta_max,
                                                         self.c.beta_warmup)
 
@@ -159,8 +159,8 @@ class Trainer:
         values = {**dict(zip(("loss", "recon", "kl", "kl_loss"), sums, strict=True)), "grad_norm": norm}
         if self.device.type == "cpu":  # on a GPU this would wait for it at every step: there each line is checked
             self.check_finite({k: float(v) for k, v in values.items()}, self.step + 1)
-        if self.steers:  # here a GPU has to be waited for
-            self.steered = steer(self.steered, float(values["kl"]), self.rate(self.step), self.c.beta_max)
+        if self.steers:
+            self.steered = steer(self.steered, values["kl"], self.rate(self.step), self.c.beta_max)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.c.lr * lr_at(self.step, self.c.steps, self.c.lr_warmup)
@@ -180,6 +180,7 @@ class Trainer:
             atomic_text(self.run_dir / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
             atomic(self.run_dir / "tokenizer.json", lambda p: shutil.copy(self.store.folder / "tokenizer.json", p))
             wandb_run = start_wandb(self.config, self.run_dir)
+            print(f"precision: {self.precision}")
         try:
             self.loop(wandb_run)
         finally:
@@ -235,7 +236,7 @@ class Trainer:
         self.seconds += seconds
         c, last = self.c, self.step - 1
         return {"step": self.step, "split": "train", **self.means(),
-                "beta": self.beta(last), "target_rate": self.rate(last),
+                "beta": float(self.beta(last)), "target_rate": self.rate(last),
                 "lr": c.lr * lr_at(last, c.steps, c.lr_warmup), "tokens_per_s": n_tokens / seconds,
                 "seconds": self.seconds}
 
@@ -259,7 +260,8 @@ class Trainer:
             self.best = score
             if self.writes:
                 save_weights(model, self.run_dir / "model.safetensors", self.config, self.store.lengths)
-        return {"step": self.step, "split": "valid", **m.summary(), "objective": score, "seconds": self.seconds}
+        return {"step": self.step, "split": "valid", **m.summary(), "objective": score, "seconds": self.seconds,
+                "precision": self.precision}
 
     def final_objective(self, m: Measured) -> float:
         """The training objective on validation windows, at the beta and rate of the end of the schedule.
