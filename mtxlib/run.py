@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
 from symusic import Score
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mtxlib import ROOT
 from mtxlib.config import BOS, SPLITS, Config, archive_paths
@@ -65,6 +66,15 @@ def load_run(folder: str | Path, device: str = "") -> Run:
                int(1.5 * int(metadata["most_tokens"])))
 
 
+class Undrawn(TorchFunctionMode):
+    """Within it no module draws its first weights, for which torch's "meta" device would import a compiler (1 s)."""
+
+    def __torch_function__(self, call, types, args=(), kwargs=None):
+        if call is torch.nn.init.normal_:
+            return kwargs["tensor"]
+        return (torch.empty if call is torch.randn else call)(*args, **kwargs or {})
+
+
 def load_weights(path: Path, config: Config) -> tuple[MusicVAE, dict[str, str]]:
     """The model and the metadata of its file."""
     try:
@@ -76,7 +86,7 @@ def load_weights(path: Path, config: Config) -> tuple[MusicVAE, dict[str, str]]:
         raise ValueError(f"{path}: expected weights saved by mtxlib.train, got a safetensors file without its mark")
     try:
         sizes = config.model, int(metadata["vocab_size"]), int(metadata["n_bars"])
-        with torch.device("meta"):  # no memory for a size that the file only claims
+        with torch.device("meta"), Undrawn():  # no memory for a size that the file only claims
             n_bytes = sum(p.numel() * 2 for p in MusicVAE(*sizes).parameters())
         if n_bytes > path.stat().st_size:
             raise ValueError(f"expected {n_bytes:,} bytes or more, got {path.stat().st_size:,}")
