@@ -37,6 +37,18 @@ def atomic(path: str | Path, write: Callable[[Path], object]) -> None:
             Path(name).unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Within it, no other process is at work under the same lock: `path`, an empty file made where it is missing."""
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process at work in {Path(path).parent}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def atomic_text(path: str | Path, text: str) -> None:
     atomic(path, lambda p: p.write_text(text))
 
