@@ -36,6 +36,17 @@ def kl_per_dim(mu: Tensor, logvar: Tensor, is_live: Tensor) -> Tensor:
     return kl.masked_fill(~is_live[..., None], 0.0)
 
 
+def entropy(logvar: Tensor) -> Tensor:
+    """Of N(mu, exp logvar), summed over the channels of each row: logvar (B, S, C) -> (B, S) nats."""
+    return 0.5 * (logvar.float() + 1 + math.log(2 * math.pi)).sum(-1)
+
+
+def normal_share(step: int, warmup: int) -> float:
+    """Share of the KL to N(0, I), beside that to a joint prior: from 1 to 0.1 over `warmup` steps, so that the latent
+    keeps its size while the prior still learns where it lies."""
+    return max(0.1, 1 - 0.9 * step / max(1, warmup))
+
+
 def with_free_bits(kl: Tensor, free_bits: float) -> Tensor:
     """KL that counts, nats per sequence: each dimension's batch mean, but never less than `free_bits` nats.
 
