@@ -45,6 +45,7 @@ class ModelConfig:
     tie_weights: bool = True  # the output layer shares the decoder's embedding
     bottleneck: str = "rows"  # conv, linear1d, linear2d, rows or none
     variational: bool = True  # False: a plain autoencoder, z is mu and there is no KL
+    prior: str = "normal"  # what z comes from: normal, N(0, I), or joint, a prior over rows that learns along
     rows_per_bar: int = 4  # rows bottleneck: latent rows a bar (1 bar, 2 half bars, 4 beats)
     latent_channels: int = 16  # C, channels of a latent row
     conv_stride: int = 8  # conv bottleneck: tokens a latent row, a power of two
@@ -164,6 +165,7 @@ SPLITS = ("train", "valid", "test")
 CHOICES = {
     "bottleneck": ("conv", "linear1d", "linear2d", "rows", "none"),
     "condition": ("cross", "in", "both"),
+    "prior": ("normal", "joint"),
     "optimizer": ("muon", "adamw"),
     "recon_scale": ("sequence", "token"),
     "beta_schedule": ("constant", "linear", "cyclical", "rate"),
@@ -255,6 +257,9 @@ def check(config: Config) -> None:
         raise ValueError("parameter 'variational': expected True with beta_schedule 'rate', which steers a KL")
     if flat["velocities"] > 127:
         raise ValueError(f"parameter 'velocities': expected at most 127, as many as MIDI has, got {flat['velocities']}")
+    if flat["prior"] == "joint" and (flat["bottleneck"] != "rows" or not flat["variational"] or flat["free_bits"]):
+        raise ValueError("parameter 'prior': 'joint' expects bottleneck 'rows', variational True and free_bits 0, got "
+                         f"{flat['bottleneck']!r}, {flat['variational']} and {flat['free_bits']}")
     if flat["d_model"] % (2 * flat["n_heads"]):
         raise ValueError(f"parameter 'd_model': expected a multiple of 2 * n_heads = {2 * flat['n_heads']}, "
                          f"got {flat['d_model']}")

@@ -37,33 +37,20 @@ def atomic(path: str | Path, write: Callable[[Path], object]) -> None:
             Path(name).unlink(missing_ok=True)
 
 
-@contextmanager
-def locked(path: str | Path) -> Iterator[None]:
-    """Within it, no other process is at work under the same lock: `path`, an empty file made where it is missing."""
-    with open(path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process at work in {Path(path).parent}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def atomic_text(path: str | Path, text: str) -> None:
     atomic(path, lambda p: p.write_text(text))
 
 
 @contextmanager
 def locked(path: str | Path, waiting: str = "") -> Iterator[None]:
-    """Within it, no other process is inside a `locked` of this file; for one that is, `waiting` is printed and it is
-    waited for. The system lets go of the lock when the process ends, however that happens."""
+    """Within it, no other process is inside a `locked` of this file; one that is, is waited for, which is said. The
+    system lets go of the lock when the process ends, however that happens."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if waiting:
-                print(waiting, flush=True)
+            print(waiting or f"waiting for another process at work in {Path(path).parent}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -294,7 +294,8 @@ class Run:
                              f"{self.config.model.bottleneck!r}")
         lines, held_out = (lines_of(self.model, self.codec, self.pieces(split), split == "train")
                            for split in ("train", "valid"))
-        self.prior, figures = fit(lines, held_out, self.config.model.rows_per_bar, steps=steps, seed=seed)
+        self.prior, figures = fit(lines, held_out, self.config.model.rows_per_bar, steps=steps, seed=seed,
+                                  joint=self.model.prior)
         save_prior(self.prior, self.folder / "prior.safetensors", self.folder / "model.safetensors")
         return figures
 

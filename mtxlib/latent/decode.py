@@ -93,8 +93,7 @@ def cut_after_eos(ids: list[int]) -> list[int]:
 
 
 def prior_latents(model: MusicVAE, n: int, n_tokens: int, seed: int = 0) -> Tensor:
-    """z ~ N(0, 1), (n, S, C). `n_tokens` sets S for bottlenecks whose rows follow the tokens (conv, linear2d)."""
+    """z from the model's own prior, (n, S, C). `n_tokens` sets S where the rows follow the tokens (conv, linear2d)."""
     rows = model.bottleneck.n_rows(n_tokens) if model.bottleneck else 0
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(n, rows, model.config.latent_channels, generator=generator, device=device)
+    return model.sample_prior(n, rows, torch.Generator(device).manual_seed(seed))

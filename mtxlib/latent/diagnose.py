@@ -38,7 +38,7 @@ def diagnose(model: MusicVAE, codec: Codec, windows: Windows, config: Config, *,
     originals = [windows.ids[a:b].tolist() for a, b in zip(windows.offsets, windows.offsets[1:], strict=False)]
     max_tokens = int(1.5 * windows.lengths.max())  # a decoding that runs on beyond this has lost its way
     decoded = greedy(model, codec, m.mu, m.is_live, max_tokens)
-    recon, rate = float(m.recon.mean()), float(m.kl.sum((1, 2)).mean())
+    recon, rate = float(m.recon.mean()), float(m.rate.mean())
     per_dim = m.kl.mean(0).flatten()
     result = {
         # Rate and distortion: the two halves of the negative ELBO (Kingma 2013; Alemi 2018, "Fixing a broken ELBO").

@@ -9,6 +9,7 @@ as in RNADE (Uria 2013); a mixture over whole rows cannot say which of many chor
 B pieces, T rows, C latent channels, H hidden units of a channel, K components of its mixture.
 """
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -98,8 +99,8 @@ class RowPrior(nn.Module):
         """One row (B, C) for each state (B, D); the temperature narrows weights and Gaussians alike."""
         hidden, drawn = self.to_hidden(state).unflatten(-1, (self.channels, -1)), []             # (B, C, H)
         tells = self.from_row.permute(1, 2, 0)                                                   # (C, C, H)
-        noise = temperature * torch.randn(len(state), self.channels, 1, generator=generator)
-        uniform = torch.rand(*noise.shape[:2], self.bias.shape[1] // 3, generator=generator)
+        noise = temperature * torch.randn(len(state), self.channels, 1, generator=generator, device=state.device)
+        uniform = torch.rand(*noise.shape[:2], self.bias.shape[1] // 3, generator=generator, device=state.device)
         gumbel = -max(temperature, 1e-3) * (-uniform.clamp(min=1e-20).log()).log()  # the largest of logits + these
         for c in range(self.channels):                                              # is one by its probability
             out = torch.addmm(self.bias[c], F.gelu(hidden[:, c]), self.to_mixture[c])
@@ -109,6 +110,27 @@ class RowPrior(nn.Module):
             drawn.append(torch.addcmul(mean.gather(1, chosen), noise[:, c], sigma))              # (B, 1)
             hidden = torch.addcmul(hidden, drawn[-1][..., None], tells[c])  # what is done already is read no more
         return torch.cat(drawn, dim=1)
+
+    def of_windows(self, before: Tensor) -> Tensor:
+        """States (B, T, D) of the rows of windows from somewhere within a piece, of which nothing else is known: a
+        joint prior learns these. before (B, T, C): the row before each, 0 where it lies in front of the window."""
+        n, edge = before.shape[1], (EDGE + 1) * self.rows_per_bar
+        at = torch.arange(edge, edge + n, device=before.device).expand(len(before), -1)
+        n_rows, key, closes = (torch.full((len(before),), x, device=before.device)
+                               for x in (2 * edge + n, N_KEYS - 1, 0))
+        return self(before, at, n_rows, key, closes)
+
+    def window_nats(self, z: Tensor) -> Tensor:
+        """-log p of each row of windows z (B, S, C) given the rows before it, (B, S)."""
+        return -self.log_prob(z, self.of_windows(F.pad(z[:, :-1], (0, 0, 1, 0))))
+
+    @torch.no_grad()
+    def sample_windows(self, n: int, n_rows: int, generator: torch.Generator) -> Tensor:
+        """n windows (n, n_rows, C), on the device of the generator."""
+        z = torch.zeros(n, n_rows + 1, self.channels, device=generator.device)
+        for row in range(n_rows):
+            z[:, row + 1] = self.draw(self.of_windows(z[:, :row + 1])[:, -1], 1.0, generator)
+        return z[:, 1:]
 
     @torch.no_grad()
     @without_onednn()
@@ -171,11 +193,13 @@ def stretches(lines: list[Line], rows_per_bar: int, generator: torch.Generator) 
 
 
 def fit(lines: list[Line], held_out: list[Line], rows_per_bar: int, *, steps: int = 1500, batch_size: int = 64,
-        lr: float = 5e-3, seed: int = 0, **sizes) -> tuple[RowPrior, dict[str, float]]:
-    """Learn a prior from posteriors; returns it and its figures on held-out pieces, see `rates`."""
+        lr: float = 5e-3, seed: int = 0, joint: RowPrior | None = None,
+        **sizes) -> tuple[RowPrior, dict[str, float]]:
+    """Learn a prior from posteriors, or go on from a `joint` one; returns it and its figures on held-out pieces, see
+    `rates`."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    prior = RowPrior(lines[0].mu.shape[1], rows_per_bar, **sizes)
+    prior = copy.deepcopy(joint).train() if joint else RowPrior(lines[0].mu.shape[1], rows_per_bar, **sizes)
     prior.keys = torch.bincount(torch.tensor([line.key for line in lines]), minlength=N_KEYS) / len(lines)
     optimizers, autocast = make_optimizers(prior, TrainConfig(lr=lr)), autocast_for("auto", torch.device("cpu"))
     schedules = [torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mtxlib.config import PAD, SLOTS_PER_BAR, ModelConfig
 from mtxlib.model.layers import Cache, DecoderBlock, EncoderBlock, attend, split_heads
+from mtxlib.model.prior import RowPrior
 
 LOGVAR_RANGE = (-8.0, 4.0)  # keeps exp(logvar) sane in bf16; a posterior this narrow costs 3.5 nats a dimension
 
@@ -34,6 +35,8 @@ class Output(NamedTuple):
     logits: Tensor  # (B, T - 1, V), of tokens 1 … T - 1
     posterior: Posterior
     z: Tensor  # (B, S, C)
+    prior_nats: Tensor | None = None  # (B, S), -log p(z) of each row given those before it; only with a joint prior
+    prior_loss: Tensor | None = None  # the same, of which only the prior hears
 
 
 class Embedding(nn.Module):
@@ -280,6 +283,7 @@ class MusicVAE(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "mlp.down.weight")):  # residual branches start small (GPT-2)
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.dec_layers))
+        self.prior = RowPrior(config.latent_channels, config.rows_per_bar) if config.prior == "joint" else None
 
     def encode(self, ids: Tensor, slots: Tensor) -> Posterior:
         """ids, slots (B, T) -> the posterior of z, (B, S, C); without a bottleneck S is 0."""
@@ -311,7 +315,16 @@ class MusicVAE(nn.Module):
         posterior = self.encode(enc_ids, slots)                                                  # (B, S, C)
         z = self.reparameterize(posterior)                                                       # (B, S, C)
         logits = self.decode(dec_ids[:, :-1], slots[:, :-1], z, posterior.is_live)               # (B, T - 1, V)
-        return Output(logits, posterior, z)
+        if self.prior is None:
+            return Output(logits, posterior, z)
+        return Output(logits, posterior, z, self.prior.window_nats(z), self.prior.window_nats(z.detach()))
+
+    def sample_prior(self, n: int, n_rows: int, generator: torch.Generator) -> Tensor:
+        """n latents (n, S, C) from the prior that the model was trained with."""
+        if self.prior is not None:
+            return self.prior.sample_windows(n, n_rows, generator)
+        device = next(self.parameters()).device
+        return torch.randn(n, n_rows, self.config.latent_channels, generator=generator, device=device)
 
     def tell(self, z: Tensor, is_live: Tensor) -> tuple[Tensor, list, Tensor | None]:
         """z (B, S, C) as the decoder reads it: the rows, and each layer's keys and values for cross attention with what
