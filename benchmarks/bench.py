@@ -259,33 +259,34 @@ class Endless(Grammar):
     def __init__(self, grammar: Grammar):
         self.__dict__.update(grammar.__dict__)
 
-    def allows(self, previous: Tensor, clock: Tensor) -> Tensor:
+    def allows(self, previous: np.ndarray, clock: np.ndarray) -> np.ndarray:
         allowed = super().allows(previous, clock)
         allowed[:, EOS] = False
-        allowed |= ~allowed.any(1, keepdim=True)
+        allowed |= ~allowed.any(1, keepdims=True)
         allowed[:, EOS] = False
         return allowed
 
 
-def prefixes(table: SlotTable, ids: Tensor, every: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def prefixes(table: SlotTable, ids: Tensor, every: int = 1) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
     """What decoding ids (B, T) asks of a model without a cache: ids (B, t), their slots, and the clock before the last
     of them, for one in `every` t."""
     slots, clock = table.slots(ids), table.start(len(ids))
     for t in range(1, ids.shape[1]):
         if t % every == every // 2:
             yield ids[:, :t], slots[:, :t], clock
-        clock, _ = table.advance(clock, ids[:, t - 1])
+        clock, _ = table.advance(clock, ids[:, t - 1].numpy())
 
 
 @torch.no_grad()
 def next_uncached(model: MusicVAE, table: SlotTable, z: Tensor, grammar: Grammar, ids: Tensor, slots: Tensor,
-                  clock: Tensor) -> Tensor:
+                  clock: np.ndarray) -> Tensor:
     """Greedy: the ids (B,) after ids (B, t), from z (B, S, C) and the whole prefix."""
-    clock, _ = table.advance(clock, ids[:, -1])
+    clock, _ = table.advance(clock, ids[:, -1].numpy())
+    allowed = torch.from_numpy(grammar.allows(ids[:, -1].numpy(), clock)).to(z.device)
     is_live = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
     logits = model.decode(ids.to(z.device), slots.to(z.device), z, is_live)[:, -1]
     logits[:, [PAD, BOS, MASK]] = -torch.inf
-    return logits.masked_fill(~grammar.allows(ids[:, -1], clock).to(z.device), -torch.inf).argmax(-1).cpu()
+    return logits.masked_fill(~allowed, -torch.inf).argmax(-1).cpu()
 
 
 def generation(setting: Setting) -> Iterator[Row]:

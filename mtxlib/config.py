@@ -16,7 +16,6 @@ class DataConfig:
     archive: str = ""  # local zip, folder or file to read instead of downloading; the tree of MIDI for `folder`
     data_dir: str = "data"  # where corpora and token stores are cached
     limit: int = 0  # read only the first pieces of each source; 0 reads all
-    tokenizer: str = "REMI"  # MidiTok tokenizer: REMI, TSD or MMM
     bpe_vocab: int = 600  # vocabulary size after BPE, learned on the training split; 0 uses no BPE
     n_bars: int = 4  # bars a window
     hop: int = 1  # bars between the starts of two training windows
@@ -121,7 +120,10 @@ class Config:
         unknown = set(nested) - {"data", "model", "train"}
         if unknown:
             raise ValueError(f"unknown section {sorted(unknown)[0]!r}: expected data, model and train")
-        return cls.from_flat({k: v for part in nested.values() for k, v in part.items()})
+        values = {k: v for part in nested.values() for k, v in part.items()}
+        if (tokenizer := values.pop("tokenizer", "REMI")) != "REMI":  # a dial of earlier runs
+            raise ValueError(f"parameter 'tokenizer': expected REMI, the only one left, got {tokenizer!r}: train again")
+        return cls.from_flat(values)
 
     @classmethod
     def load(cls, path: str | Path) -> "Config":
@@ -146,7 +148,6 @@ N_SPECIAL = 4
 SLOTS_PER_BAR = 16  # sixteenths, the grid on which tokens are placed
 PARTS = (DataConfig, ModelConfig, TrainConfig)
 CHOICES = {
-    "tokenizer": ("REMI", "TSD", "MMM"),
     "bottleneck": ("conv", "linear1d", "linear2d", "rows", "none"),
     "condition": ("cross", "in", "both"),
     "optimizer": ("muon", "adamw"),

@@ -255,8 +255,6 @@ class Run:
 
     def context(self, window: Score, last: int, n: int) -> list[int]:
         """Ids of the n bars of a window before its bar `last`, BOS first, for a decoder that goes on from there."""
-        if self.config.data.tokenizer == "MMM":
-            return [BOS]  # it writes one voice after the other: a beginning in time is none in tokens
         lines = bar_starts(window)
         last = min(last, len(lines) - 1)
         part = cut(window, lines[:last + 1], max(0, last - n), n)

@@ -84,6 +84,17 @@ def test_files_that_are_no_config_are_refused(tmp_path, text):
         Config.load(path)
 
 
+def test_the_tokenizer_of_earlier_runs_is_read_where_it_is_the_one_left(tmp_path):
+    path, nested = tmp_path / "config.json", Config.from_flat({"preset": "tiny"}).to_dict()
+    path.write_text(json.dumps({**nested, "data": {**nested["data"], "tokenizer": "REMI"}}))
+    assert Config.load(path) == Config.from_flat({"preset": "tiny"})
+    path.write_text(json.dumps({**nested, "data": {**nested["data"], "tokenizer": "MMM"}}))
+    with pytest.raises(ValueError, match="config.json is not a config: parameter 'tokenizer': expected REMI.*'MMM'"):
+        Config.load(path)
+    with pytest.raises(ValueError, match="unknown parameter 'tokenizer'"):
+        Config.from_flat({"tokenizer": "REMI"})
+
+
 def test_a_config_is_frozen_and_replace_copies():
     config = Config()
     with pytest.raises(FrozenInstanceError):

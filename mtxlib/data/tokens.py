@@ -1,7 +1,7 @@
 """MidiTok at work: scores -> windows of whole bars -> ids, and back; fills the token store.
 
 A window holds the notes that *start* in its bars, with their full lengths, so that windows laid end to end are the
-piece again, without loss. Tokenization happens once a piece (TSD, MMM: once a window), in the base vocabulary; the
+piece again, without loss. Tokenization (REMI, Huang & Yang 2020) happens once a piece, in the base vocabulary; the
 other eleven keys are the same ids with the pitches moved. BPE comes last, and its merges never cross a beat: a token
 never belongs to two latent rows.
 """
@@ -17,10 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import miditok
 import numpy as np
 import symusic
-from miditok import MusicTokenizer, TokenizerConfig, TokSequence
+from miditok import REMI, TokenizerConfig, TokSequence
 from symusic import Score
 from tqdm.auto import tqdm
 
@@ -28,6 +27,7 @@ from mtxlib.config import BOS, EOS, N_SPECIAL, Config, DataConfig
 from mtxlib.data.store import (
     ARRAYS,
     SPLITS,
+    VERSION,
     Grammar,
     SlotTable,
     TokenStore,
@@ -38,58 +38,47 @@ from mtxlib.data.store import (
 )
 from mtxlib.files import atomic, brief
 from mtxlib.music.corpus import Piece
-from mtxlib.music.score import MAX_BEATS, METRES, TEMPO, TPQ, VOICES, bar_starts, cut, window_bars
+from mtxlib.music.score import MAX_BEATS, METRES, TEMPO, TPQ, VOICES, bar_starts, window_bars
 from mtxlib.processes import apart, cores
 
 PITCHES = (21, 109)  # the piano's range; the upper end is excluded
 KEYS = range(-5, 7)  # semitones of transposition: each of the twelve keys once
-VERSION = 3  # of what a store holds; raise it when that changes
 SAMPLE = 5000  # windows that BPE learns from, at most
 SHARD = 500  # bars a process tokenizes at once: with twelve keys and hop 1 up to 6,000 windows
 SPACE = "\u2581"  # stands before every beat in the BPE model of MidiTok
 
 
-def make_tokenizer(name: str = "REMI", programs: Iterable[int] = (52, 53, 54, 42)) -> MusicTokenizer:
-    """A MidiTok tokenizer on the grid of sixteenths, without velocities, one stream for all voices.
-
-    name: REMI, TSD or MMM (voices one after the other). programs: MIDI programs to tell apart, -1 for drums.
-    """
-    extra = {"base_tokenizer": "REMI"} if name == "MMM" else {}
-    return getattr(miditok, name)(TokenizerConfig(
+def make_tokenizer(programs: Iterable[int] = (52, 53, 54, 42)) -> REMI:
+    """A MidiTok tokenizer on the grid of sixteenths, without velocities, one stream for all voices. programs: MIDI
+    programs to tell apart, -1 for drums."""
+    return REMI(TokenizerConfig(
         pitch_range=PITCHES, beat_res={(0, MAX_BEATS): 4}, use_velocities=False, use_programs=True,
         one_token_stream_for_programs=True, programs=sorted(programs), use_pitchdrum_tokens=-1 in programs,
         use_time_signatures=True, time_signature_range={unit: list(beats) for unit, beats in METRES.items()},
-        special_tokens=["PAD", "BOS", "EOS", "MASK"], encode_ids_split="beat", **extra))
+        special_tokens=["PAD", "BOS", "EOS", "MASK"], encode_ids_split="beat"))
 
 
-def load_tokenizer(path: str | Path) -> MusicTokenizer:
-    """The tokenizer that `tokenizer.save` wrote; its class is named in the file. Raises ValueError if it is not one."""
+def load_tokenizer(path: str | Path) -> REMI:
+    """The tokenizer that `tokenizer.save` wrote. Raises ValueError if it is not one."""
     try:
         name = json.loads(Path(path).read_text())["tokenization"]
-        if name not in FOLLOWS:
-            raise ValueError(f"tokenization: expected one of {', '.join(FOLLOWS)}, got {name!r}")
-        return getattr(miditok, name)(params=path)
+        if name != "REMI":
+            raise ValueError(f"tokenization: expected REMI, got {name!r}")
+        return REMI(params=path)
     except Exception as e:  # MidiTok and tokenizers raise of every kind on a file of another shape
         raise ValueError(f"{path}: expected a tokenizer saved by MidiTok, got something else ({brief(e)})") from e
 
 
-def base_ids(tokenizer: MusicTokenizer, score: Score) -> np.ndarray:
+def base_ids(tokenizer: REMI, score: Score) -> np.ndarray:
     """Ids in the base vocabulary, without BPE and without BOS and EOS."""
-    sequence = tokenizer.encode(score, encode_ids=False)
-    return np.array(sequence.ids if isinstance(sequence, TokSequence) else sequence[0].ids, dtype=np.int64)
+    return np.array(tokenizer.encode(score, encode_ids=False).ids, dtype=np.int64)
 
 
-def window_ids(tokenizer: MusicTokenizer, score: Score, starts: list[int], bars: list[int],
+def window_ids(tokenizer: REMI, score: Score, starts: list[int], bars: list[int],
                n_bars: int) -> Iterator[tuple[int, np.ndarray]]:
     """(first bar, base ids) of the windows at `bars` that hold a note."""
-    if type(tokenizer).__name__ != "REMI":
-        for bar in bars:
-            window = cut(score, starts, bar, n_bars)
-            if window.note_num():
-                yield bar, base_ids(tokenizer, window)
-        return
-    # In REMI every bar is written as `Bar TimeSig …`, whatever stands around it; a sequence ends with its last note or,
-    # if later, its last change of metre.
+    # Every bar is written as `Bar TimeSig …`, whatever stands around it; a sequence ends with its last note or, if
+    # later, its last change of metre.
     ids = base_ids(tokenizer, score)
     is_length = np.isin(ids, [i for name, i in tokenizer.vocab.items() if name.startswith("Duration")])
     lines = np.flatnonzero(ids == tokenizer.vocab["Bar_None"])
@@ -109,7 +98,7 @@ class Codec:
     `names` are the base tokens, `expansion[i]` the base ids that id i stands for.
     """
 
-    def __init__(self, tokenizer: MusicTokenizer, n_bars: int):
+    def __init__(self, tokenizer: REMI, n_bars: int):
         self.tokenizer, self.n_bars = tokenizer, n_bars
         self.names = [name for name, _ in sorted(tokenizer.vocab.items(), key=lambda item: item[1])]
         self.kinds = np.array([name.split("_")[0] for name in self.names])
@@ -131,21 +120,19 @@ class Codec:
         return [[base[char] for char in text if char != SPACE] for text, _ in learned]
 
     def _grammar(self) -> Grammar:
-        follows = FOLLOWS[type(self.tokenizer).__name__]
-        kinds = list(follows)
-        kind_of = [kinds.index(kind_name(name)) if kind_name(name) in follows else kinds.index("PAD")
-                   for name in self.names]
+        kinds = list(FOLLOWS)
+        kind_of = [kinds.index(kind) if kind in FOLLOWS else kinds.index("PAD") for kind in self.kinds]
         ends = []
         for ids in self.expansion:
             times = [i for i in ids if self.kinds[i] in TIMING]
             jumps = times and self.kinds[times[0]] == "Position"
             ends.append([kind_of[ids[0]], kind_of[ids[-1]], int(self.names[times[0]][9:]) if jumps else -1]
                         if ids else [kinds.index("PAD"), kinds.index("PAD"), -1])
-        may = np.array([[b in follows[a].split() for b in kinds] for a in kinds])
-        return Grammar(ends, may, [kinds.index(k) for k in ("Bar", "TimeSig") if k in kinds], self.table)
+        may = np.array([[b in FOLLOWS[a].split() for b in kinds] for a in kinds])
+        return Grammar(ends, may, [kinds.index("Bar"), kinds.index("TimeSig")], self.table)
 
     def cuts(self, ids: np.ndarray) -> list[int]:
-        """Where a new beat, bar, voice or time shift begins in base ids: BPE merges stay between two cuts."""
+        """Where a new beat or bar begins in base ids: BPE merges stay between two cuts."""
         beats = self.beats[ids]
         marks = np.flatnonzero(beats >= 0)
         beats = beats[marks]
@@ -207,49 +194,32 @@ class Codec:
         return out
 
 
-TIMING = ("Bar", "Position", "TimeSig", "TimeShift", "Track")
-_NOTE = {"Pitch": "Duration", "PitchDrum": "Duration", "PAD": "", "MASK": ""}
-# What may come after each kind of base token.
-FOLLOWS = {
-    "REMI": {"BOS": "Bar", "Bar": "TimeSig", "TimeSig": "Position Bar EOS", "Position": "Program",
-             "Program": "Pitch PitchDrum", "Duration": "Program Position Bar EOS", "EOS": "EOS", **_NOTE},
-    "TSD": {"BOS": "TimeSig", "TimeSig": "Program TimeShift EOS", "TimeShift": "Program TimeShift TimeSig",
-            "Program": "Pitch PitchDrum", "Duration": "Program TimeShift EOS", "EOS": "EOS", **_NOTE},
-    "MMM": {"BOS": "Track_Start", "Track_Start": "Program", "Program": "Bar", "Bar": "TimeSig",
-            "TimeSig": "Position Bar Track_End", "Position": "Pitch PitchDrum",
-            "Duration": "Pitch PitchDrum Position Bar Track_End", "Track_End": "Track_Start EOS", "EOS": "EOS",
-            **_NOTE},
+TIMING = ("Bar", "Position", "TimeSig")
+FOLLOWS = {  # what may come after each kind of base token
+    "BOS": "Bar", "Bar": "TimeSig", "TimeSig": "Position Bar EOS", "Position": "Program",
+    "Program": "Pitch PitchDrum", "Pitch": "Duration", "PitchDrum": "Duration", "Duration": "Program Position Bar EOS",
+    "EOS": "EOS", "PAD": "", "MASK": "",
 }
 
 
-def kind_name(name: str) -> str:
-    """The kind of a base token as `FOLLOWS` calls it."""
-    return name if name.startswith("Track") else name.split("_")[0]
-
-
 def beat_of(name: str) -> int:
-    """The beat in the bar a base token moves to; 0 where it opens something; -1 where it moves nothing."""
+    """The beat in the bar a base token moves to; -1 where it moves nothing."""
     kind, _, value = name.partition("_")
-    return int(value) // 4 if kind == "Position" else 0 if kind in ("Bar", "TimeShift", "Track") else -1
+    return int(value) // 4 if kind == "Position" else 0 if kind == "Bar" else -1
 
 
 def slot_row(names: list[str]) -> list[int]:
     """What base tokens, one after the other, do to the clock: the row of `SlotTable`."""
-    resets, bars, position, unit, length, shift = 0, 0, -1, 0, 0, 0
+    bars, position, unit, length = 0, -1, -1, -1
     for kind, _, value in (name.partition("_") for name in names):
-        if kind == "Track" and value == "Start":
-            resets, bars, position, shift = 1, 0, 0, 0
-        elif kind == "Bar":
-            bars, position, shift = bars + 1, 0, 0
+        if kind == "Bar":
+            bars, position = bars + 1, 0
         elif kind == "Position":
             position = int(value)
         elif kind == "TimeSig":
             beats, denominator = map(int, value.split("/"))
             unit, length = 8 // denominator, beats * 32 // denominator
-        elif kind == "TimeShift":
-            beats, positions, per_beat = map(int, value.split("."))
-            shift += beats * 4 + positions * 4 // per_beat
-    return [resets, bars, position, unit, length, shift]
+    return [bars, position, unit, length]
 
 
 class Cut(NamedTuple):
@@ -261,7 +231,7 @@ class Cut(NamedTuple):
     ids: np.ndarray  # base ids
 
 
-def cut_pieces(tokenizer: MusicTokenizer, pieces: Iterable[Piece], n_bars: int, hop: int) -> Iterator[Cut]:
+def cut_pieces(tokenizer: REMI, pieces: Iterable[Piece], n_bars: int, hop: int) -> Iterator[Cut]:
     """All windows: every `hop` bars of a training piece, every `n_bars` of the others, and one that ends the piece."""
     for number, piece in enumerate(pieces):
         score = Score(piece.path)
@@ -283,11 +253,11 @@ def in_all_keys(codec: Codec, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray
 def store_folder(config: Config, pieces: list[Piece]) -> Path:
     """Where the store of these pieces under this configuration lies; any change of either gives another folder."""
     data = config.data
-    what = [VERSION, version("miditok"), data.tokenizer, data.bpe_vocab, data.n_bars, data.hop, data.transpose,
+    what = [VERSION, version("miditok"), data.bpe_vocab, data.n_bars, data.hop, data.transpose,
             config.model.max_tokens,
             [(p.name, p.source, p.split, hashlib.sha256(p.path.read_bytes()).hexdigest()) for p in pieces]]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
-    return Path(data.data_dir) / "stores" / f"{data.source}-{data.tokenizer}{data.bpe_vocab or ''}-{digest}"
+    return Path(data.data_dir) / "stores" / f"{data.source}-REMI{data.bpe_vocab or ''}-{digest}"
 
 
 def build_store(config: Config, pieces: list[Piece], workers: int | None = None) -> TokenStore:
@@ -309,7 +279,7 @@ def build_store(config: Config, pieces: list[Piece], workers: int | None = None)
     try:
         tokenizer = parts / "tokenizer.json"
         if not tokenizer.exists():
-            codec = Codec(make_tokenizer(data.tokenizer, programs_of(pieces)), data.n_bars)
+            codec = Codec(make_tokenizer(programs_of(pieces)), data.n_bars)
             atomic(tokenizer, (codec.learn_bpe(sample(codec, pieces, data), data.bpe_vocab) if data.bpe_vocab
                                else codec).tokenizer.save)
         shards = [(str(parts / f"{i:06}.npz"), str(tokenizer), part, data.n_bars, data.hop, data.transpose,

@@ -6,6 +6,7 @@ window the next token stands, so decoding needs no tokenizer.
 
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,16 +49,20 @@ def decode(model: MusicVAE, table: SlotTable, z: Tensor, is_live: Tensor | None 
     never = torch.tensor([i for i in range(N_SPECIAL) if i != EOS], device=device)
     rows, clock, common = torch.arange(len(z), device=device), table.start(len(z)), int(given.min())
     if common > 1:  # what all begin with is read at once
-        clock, slots = read(table, clock, out[:, :common - 1].cpu())
-        model.proceed(out[:, :common - 1], slots.to(device), decoding)
+        slots = []
+        for column in out[:, :common - 1].cpu().numpy().T:
+            clock, slot = table.advance(clock, column)
+            slots.append(slot)
+        model.proceed(out[:, :common - 1], torch.from_numpy(np.stack(slots, 1)).to(device), decoding)
     ids = out[:, common - 1]
     for t in range(common, max_tokens):
-        previous = ids.cpu()
+        previous = ids.cpu().numpy()
         clock, slots = table.advance(clock, previous)
-        logits = model.proceed(ids[:, None], slots.to(device)[:, None], decoding)[:, -1].float()
+        logits = model.proceed(ids[:, None], torch.from_numpy(slots[:, None]).to(device), decoding)[:, -1].float()
         logits.index_fill_(1, never, -torch.inf)
         if grammar:
-            logits = logits.masked_fill(~grammar.allows(previous, clock).to(device), -torch.inf)
+            allowed = torch.from_numpy(grammar.allows(previous, clock)).to(device)
+            logits = logits.masked_fill(~allowed, -torch.inf)
         chosen = choose(logits, temperature, top_p, generator).masked_fill(ids == EOS, EOS)
         ids = torch.where(t < given[rows], out[rows, t], chosen)
         out[rows, t] = ids
@@ -65,18 +70,9 @@ def decode(model: MusicVAE, table: SlotTable, z: Tensor, is_live: Tensor | None 
         if len(going) == 0:
             break
         if len(going) <= 0.8 * len(rows):  # copying the caches pays when enough sequences leave
-            rows, ids, clock = rows[going], ids[going], clock[going.cpu()]
+            rows, ids, clock = rows[going], ids[going], clock[going.cpu().numpy()]
             decoding.keep(going)
     return [cut_after_eos(ids) for ids in out.tolist()]
-
-
-def read(table: SlotTable, clock: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The clock (B, 5) after ids (B, T), and their slots (B, T)."""
-    columns = []
-    for column in ids.unbind(1):
-        clock, slots = table.advance(clock, column)
-        columns.append(slots)
-    return clock, torch.stack(columns, 1)
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

@@ -144,9 +144,7 @@ def is_wellformed(codec: Codec, ids: list[int]) -> bool:
     """It ends by itself, has notes, each of its pitches becomes a note, and it opens no bar beyond the window's."""
     names = Counter(codec.names[i] for i in codec.expand(ids))
     n_pitches = sum(n for name, n in names.items() if name.startswith("Pitch"))
-    voices = max(1, names["Track_Start"])  # MMM counts the bars of each voice
-    return (ids[-1] == EOS and 0 < n_pitches == codec.decode(ids).note_num()
-            and names["Bar_None"] <= voices * codec.n_bars)
+    return ids[-1] == EOS and 0 < n_pitches == codec.decode(ids).note_num() and names["Bar_None"] <= codec.n_bars
 
 
 def verdict(d: dict) -> str:

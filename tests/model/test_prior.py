@@ -244,7 +244,8 @@ def test_the_prior_is_told_key_and_ending(asked, heard, composer, pieces, monkey
     piece, told, sample = min(pieces, key=lambda p: p.bars), [], composer.prior.sample
     monkeypatch.setattr(composer.prior, "sample", lambda n, rows, *how: told.append(how[3:5]) or sample(n, rows, *how))
     composer.generate(piece.bars + 1, **{**asked, **({"prompt": piece.path} if "prompt" in asked else {})})
-    assert told == [(heard[0] if heard[0] != "" else key_of(Score(piece.path)), heard[1])]
+    key = key_of(Score(piece.path)) if heard[0] == "" else heard[0]
+    assert told == [(None if key is None else KEY_NAMES.index(key), heard[1])]
 
 
 def test_of_several_endings_one_that_closes_is_taken(composer, monkeypatch):
