@@ -16,6 +16,10 @@ class DataConfig:
     archive: str = ""  # local zip, folder or file to read instead of downloading; the tree of MIDI for `folder`
     data_dir: str = "data"  # where corpora and token stores are cached
     limit: int = 0  # read only the first pieces of each source; 0 reads all
+    grid: int = 4  # positions a quarter that notes begin and end on: 4 (16ths), 8, 12 (with triplets) or 24
+    velocities: int = 0  # loudnesses told apart; 0: none, all notes are alike
+    tempos: int = 0  # tempos told apart; 0: one a piece, which the tokens do not say
+    pedal: bool = False  # notes sound on while the sustain pedal is down
     bpe_vocab: int = 600  # vocabulary size after BPE, learned on the training split; 0 uses no BPE
     n_bars: int = 4  # bars a window
     hop: int = 1  # bars between the starts of two training windows
@@ -132,6 +136,11 @@ class Config:
         except (ValueError, AttributeError, TypeError, RecursionError) as e:
             raise ValueError(f"{path} is not a config: {e}") from e
 
+    @property
+    def form(self) -> dict[str, int]:
+        """What the music is written with, as `music.score.normalise` takes it."""
+        return {name: getattr(self.data, name) for name in ("grid", "velocities", "tempos", "pedal")}
+
     def to_dict(self) -> dict:
         return asdict(self)
 
@@ -157,11 +166,12 @@ CHOICES = {
     "precision": ("auto", "bf16", "fp32"),
     "wandb": ("off", "offline", "online"),
     "rows_per_bar": (1, 2, 4),
+    "grid": (4, 8, 12, 24),
 }
 POSITIVE = ("n_bars", "hop", "d_model", "enc_layers", "dec_layers", "n_heads", "latent_channels", "conv_stride",
             "max_tokens", "steps", "batch_size", "accumulate", "lr", "grad_clip", "eval_every", "eval_windows")
-NOT_NEGATIVE = ("limit", "bpe_vocab", "lr_warmup", "weight_decay", "beta_max", "beta_warmup", "free_bits",
-                "target_rate", "target_start", "patience", "threads")
+NOT_NEGATIVE = ("limit", "velocities", "tempos", "bpe_vocab", "lr_warmup", "weight_decay", "beta_max", "beta_warmup",
+                "free_bits", "target_rate", "target_start", "patience", "threads")
 SHARES = ("dropout", "dec_token_dropout", "enc_token_dropout", "ema")
 
 

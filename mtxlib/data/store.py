@@ -25,7 +25,7 @@ from mtxlib.files import writing
 
 SPLITS = ("train", "valid", "test")
 ARRAYS = ("ids", "slots", "offsets", "windows")  # the files of a store
-VERSION = 4  # of what a store holds; raise it when that changes
+VERSION = 5  # of what a store holds; raise it when that changes
 # Whence a window comes: the number of its piece, its first bar, semitones of transposition, the number of its split.
 WINDOW = np.dtype([("piece", np.int32), ("bar", np.int32), ("shift", np.int8), ("split", np.int8)])
 
@@ -33,8 +33,8 @@ WINDOW = np.dtype([("piece", np.int32), ("bar", np.int32), ("shift", np.int8), (
 class SlotTable:
     """What each id does to the clock, (V, 4) integers: bars, position, unit, length.
 
-    bars: bars opened. position: the position in the bar it sets. unit: 32nds a position counts from here on. length:
-    32nds a bar lasts from here on. The last three are -1 where nothing changes.
+    bars: bars opened. position: the position in the bar it sets. unit: 48ths of a quarter that a position counts from
+    here on. length: 48ths that a bar lasts from here on. The last three are -1 where nothing changes.
     """
 
     def __init__(self, rows: np.ndarray | list, n_bars: int):
@@ -42,14 +42,14 @@ class SlotTable:
 
     def start(self, batch: int) -> np.ndarray:
         """The clock before the first token: (B, 4) bar, position, unit, length."""
-        return np.array([[0, 0, 2, 32]]).repeat(batch, 0)
+        return np.array([[0, 0, 12, 192]]).repeat(batch, 0)
 
     def advance(self, clock: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read one id a sequence: clock (B, 4) and ids (B,) -> the next clock and the ids' slots (B,)."""
         rows, bar = self.rows[ids], clock[:, 0]
         clock = np.where(rows < 0, clock, rows)
         clock[:, 0] += bar
-        in_bar = np.minimum(clock[:, 1] * clock[:, 2] // 2, SLOTS_PER_BAR - 1)
+        in_bar = np.minimum(clock[:, 1] * clock[:, 2] // 12, SLOTS_PER_BAR - 1)
         slots = np.maximum(clock[:, 0] - 1, 0) * SLOTS_PER_BAR + in_bar
         return clock, np.minimum(slots, self.n_slots - 1)
 
