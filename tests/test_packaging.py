@@ -59,7 +59,7 @@ def test_commands_for_people_and_for_continuous_integration():
     assert "-m pytest" in recipes()["test"] and "--ip=127.0.0.1" in recipes()["lab"]
     script = (ROOT / ".ci" / "run").read_text().splitlines()
     assert "set -euo pipefail" in script and script[-2:] == ["make lint", "make test"]
-    assert PROJECT["scripts"] == {"mtx": "mtxlib.workbook:main"}
+    assert PROJECT["scripts"] == {"mtx": "mtxlib.book.cli:main"}
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="asks git, and this is no checkout")

@@ -245,7 +245,7 @@ def test_the_prior_is_told_key_and_ending(asked, heard, composer, pieces, monkey
     monkeypatch.setattr(composer.prior, "sample", lambda n, rows, *how: told.append(how[3:5]) or sample(n, rows, *how))
     composer.generate(piece.bars + 1, **{**asked, **({"prompt": piece.path} if "prompt" in asked else {})})
     key = key_of(Score(piece.path)) if heard[0] == "" else heard[0]
-    assert told == [(None if key is None else KEY_NAMES.index(key), heard[1])]
+    assert told == [(key if key is None else KEY_NAMES.index(key), heard[1])]
 
 
 def test_of_several_endings_one_that_closes_is_taken(composer, monkeypatch):

@@ -328,7 +328,7 @@ def test_nothing_changes_the_score():
 
 
 def test_slow_and_foreign_packages_stay_out():
-    code = ("import sys; from symusic import *; from mtxlib import show; s = Score(480); s.tracks.append(Track());"
+    code = ("import sys; from symusic import *; from mtxlib.music import display; s = Score(480); s.tracks.append(Track());"
             "s.tracks[0].notes.append(Note(0, 480, 60, 80)); display.waveform(s);"
             "print([m for m in ('torch', 'music21', 'verovio', 'soundfile', 'pretty_midi') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
