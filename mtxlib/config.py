@@ -19,12 +19,12 @@ class DataConfig:
     archive: str = ""  # local zip, folder or file to read instead of downloading; the tree of MIDI for `folder`
     data_dir: str = "data"  # where corpora and token stores are cached
     limit: int = 0  # read only the first pieces of each source; 0 reads all
+    grid: int = 4  # positions a quarter that notes go to: 4 (16ths), 8 (32nds), 12 (16ths and triplets) or 24
+    velocities: int = 0  # loudnesses told apart; 0: none, all notes are alike
+    tempos: int = 0  # tempos told apart, at equal ratios; 0: a piece's first one only, which the tokens do not say
+    pedal: bool = False  # notes sound on while the sustain pedal is down
     bpe_vocab: int = 600  # vocabulary size after BPE, learned on the training split; 0 uses no BPE
     n_bars: int = 4  # bars a window
-    grid: int = 4  # positions a quarter that notes go to: 4 (16ths), 8 (32nds), 12 (16ths and triplets) or 24
-    velocities: int = 0  # how many loudnesses there are; 0 writes every note equally loud
-    tempos: int = 0  # how many tempos there are, at equal ratios; 0 keeps a piece's first one only
-    pedal: bool = False  # notes last as long as the sustain pedal holds them
     hop: int = 1  # bars between the starts of two training windows
     transpose: bool = True  # store the training windows in twelve keys, -5 to +6 semitones
     store: str = ""  # folder of the token store; filled in by the tokenization

@@ -25,7 +25,7 @@ from mtxlib.files import writing
 
 SPLITS = ("train", "valid", "test")
 ARRAYS = ("ids", "slots", "offsets", "windows")  # the files of a store
-VERSION = 4  # of what a store holds; raise it when that changes
+VERSION = 5  # of what a store holds; raise it when that changes
 # Whence a window comes: the number of its piece, its first bar, semitones of transposition, the number of its split.
 WINDOW = np.dtype([("piece", np.int32), ("bar", np.int32), ("shift", np.int8), ("split", np.int8)])
 
@@ -33,8 +33,8 @@ WINDOW = np.dtype([("piece", np.int32), ("bar", np.int32), ("shift", np.int8), (
 class SlotTable:
     """What each id does to the clock, (V, 4) integers: bars, position, unit, length.
 
-    bars: bars opened. position: the position in the bar it sets. unit: 32nds a position counts from here on. length:
-    32nds a bar lasts from here on. The last three are -1 where nothing changes.
+    bars: bars opened. position: the position in the bar it sets. unit: 48ths of a quarter that a position counts from
+    here on. length: 48ths that a bar lasts from here on. The last three are -1 where nothing changes.
     """
 
     def __init__(self, rows: np.ndarray | list, n_bars: int):
@@ -42,14 +42,14 @@ class SlotTable:
 
     def start(self, batch: int) -> np.ndarray:
         """The clock before the first token: (B, 4) bar, position, unit, length."""
-        return np.array([[0, 0, 2, 32]]).repeat(batch, 0)
+        return np.array([[0, 0, 12, 192]]).repeat(batch, 0)
 
     def advance(self, clock: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read one id a sequence: clock (B, 4) and ids (B,) -> the next clock and the ids' slots (B,)."""
         rows, bar = self.rows[ids], clock[:, 0]
         clock = np.where(rows < 0, clock, rows)
         clock[:, 0] += bar
-        in_bar = np.minimum(clock[:, 1] * clock[:, 2] // 2, SLOTS_PER_BAR - 1)
+        in_bar = np.minimum(clock[:, 1] * clock[:, 2] // 12, SLOTS_PER_BAR - 1)
         slots = np.maximum(clock[:, 0] - 1, 0) * SLOTS_PER_BAR + in_bar
         return clock, np.minimum(slots, self.n_slots - 1)
 
@@ -74,11 +74,11 @@ class Begun:
 
 
 class Grammar:
-    """Which ids may come next, so that sampling writes whole notes, forward in time, on the grid of sixteenths, within
-    the window's bars, and none twice at one place.
+    """Which ids may come next, so that sampling writes whole notes, forward in time, on the grid, within the
+    window's bars, and none twice at one place.
 
     ends: (V, 4) integers: the kinds of an id's first and last base token, the position it sets before any other timing,
-    -1 for none, and 1 where it sets an odd one in the metre that it finds. follows: (K, K), True where a kind may come
+    -1 for none, and the clock's unit in which a position that it sets would miss the grid, 0 for none. follows: (K, K), True where a kind may come
     after another. fresh: kinds after which any position of the bar is still ahead. table: the clock's. notes: for each
     id the chords it writes, a list of (program, pitch) each, from 0, the program -1 for the one named before; the first
     chord where it stood, each other one where it has moved to in time. named: the program each id names last, -1 for
@@ -87,7 +87,7 @@ class Grammar:
 
     def __init__(self, ends: np.ndarray | list, follows: np.ndarray, fresh: list[int], table: SlotTable,
                  notes: list[list[list[tuple[int, int]]]], named: list[int], sizes: tuple[int, int]):
-        first, self.last, self.position, self.is_odd = np.asarray(ends).T
+        first, self.last, self.position, self.misses = np.asarray(ends).T
         self.after, self.is_fresh = follows[:, first], np.isin(self.last, fresh)
         self.is_still = self.position < 0
         self.most_bars = table.n_slots // SLOTS_PER_BAR - table.rows[:, 0]
@@ -128,7 +128,7 @@ class Grammar:
         bar, position, unit, length = clock.T[..., None]
         position = np.where(self.is_fresh[previous, None], -1, position)
         allowed = self.after[self.last[previous]] & (self.is_still | (self.position > position))
-        allowed &= (self.position * unit < length) & (bar <= self.most_bars) & (self.is_odd * unit != 1)
+        allowed &= (self.position * unit < length) & (bar <= self.most_bars) & (self.misses != unit)
         allowed &= ~(self.clashes[begun.program] | begun.at[np.arange(len(clock)), begun.program][:, self.pending])
         allowed &= ~begun.at.reshape(len(clock), -1)[:, self.opens.T].any(1)
         allowed[:, EOS] |= ~allowed.any(1)

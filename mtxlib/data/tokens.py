@@ -38,7 +38,7 @@ from mtxlib.data.store import (
 )
 from mtxlib.files import atomic, brief
 from mtxlib.music.corpus import Piece
-from mtxlib.music.score import MAX_BEATS, METRES, TEMPO, TPQ, VOICES, bar_starts, window_bars
+from mtxlib.music.score import MAX_BEATS, METRES, TEMPI, TEMPO, TPQ, VOICES, bar_starts, window_bars
 from mtxlib.processes import apart, cores
 
 PITCHES = (21, 109)  # the piano's range; the upper end is excluded
@@ -48,14 +48,18 @@ SHARD = 500  # bars a process tokenizes at once: with twelve keys and hop 1 up t
 SPACE = "\u2581"  # stands before every beat in the BPE model of MidiTok
 
 
-def make_tokenizer(programs: Iterable[int] = (52, 53, 54, 42)) -> REMI:
-    """A MidiTok tokenizer on the grid of sixteenths, without velocities, one stream for all voices. programs: MIDI
-    programs to tell apart, -1 for drums."""
+def make_tokenizer(programs: Iterable[int] = (52, 53, 54, 42), grid: int = 4, velocities: int = 0,
+                   tempos: int = 0) -> REMI:
+    """A MidiTok tokenizer, one stream for all voices. programs: MIDI programs to tell apart, -1 for drums; grid,
+    velocities and tempos as in `music.score.normalise`."""
+    extra = {"num_velocities": velocities} if velocities else {}
+    if tempos:
+        extra |= {"use_tempos": True, "num_tempos": tempos, "tempo_range": TEMPI, "log_tempos": True}
     return REMI(TokenizerConfig(
-        pitch_range=PITCHES, beat_res={(0, MAX_BEATS): 4}, use_velocities=False, use_programs=True,
+        pitch_range=PITCHES, beat_res={(0, MAX_BEATS): grid}, use_velocities=velocities > 0, use_programs=True,
         one_token_stream_for_programs=True, programs=sorted(programs), use_pitchdrum_tokens=-1 in programs,
         use_time_signatures=True, time_signature_range={unit: list(beats) for unit, beats in METRES.items()},
-        special_tokens=["PAD", "BOS", "EOS", "MASK"], encode_ids_split="beat"))
+        special_tokens=["PAD", "BOS", "EOS", "MASK"], encode_ids_split="beat", **extra))
 
 
 def load_tokenizer(path: str | Path) -> REMI:
@@ -78,9 +82,10 @@ def window_ids(tokenizer: REMI, score: Score, starts: list[int], bars: list[int]
                n_bars: int) -> Iterator[tuple[int, np.ndarray]]:
     """(first bar, base ids) of the windows at `bars` that hold a note."""
     # Every bar is written as `Bar TimeSig …`, whatever stands around it; a sequence ends with its last note or, if
-    # later, its last change of metre.
+    # later, its last change of metre or tempo.
     ids = base_ids(tokenizer, score)
-    is_length = np.isin(ids, [i for name, i in tokenizer.vocab.items() if name.startswith("Duration")])
+    is_length, is_tempo = (np.isin(ids, [i for name, i in tokenizer.vocab.items() if name.startswith(kind)])
+                           for kind in ("Duration", "Tempo"))
     lines = np.flatnonzero(ids == tokenizer.vocab["Bar_None"])
     bounds = np.append(lines, [len(ids)] * (n_bars + len(starts)))
     for bar in bars:
@@ -89,7 +94,18 @@ def window_ids(tokenizer: REMI, score: Score, starts: list[int], bars: list[int]
         if len(notes):
             metres = lines[bar:bar + n_bars] + 1
             changes = metres[1:][np.diff(ids[metres]) != 0]
-            yield bar, ids[begin:max([begin + notes[-1], *changes[-1:]]) + 1]
+            last = max([begin + notes[-1], *changes[-1:], *(begin + np.flatnonzero(is_tempo[begin:end])[-1:])])
+            window, before = ids[begin:last + 1], np.flatnonzero(is_tempo[:begin])[-1:]
+            yield bar, with_tempo(tokenizer, window, ids[before[0]]) if len(before) else window
+
+
+def with_tempo(tokenizer: REMI, window: np.ndarray, tempo: int) -> np.ndarray:
+    """The base ids of a window that says at its first position what tempo is in force."""
+    start, at = tokenizer.vocab["Position_0"], 2  # behind `Bar TimeSig`
+    if len(window) == at or window[at] != start:
+        return np.insert(window, at, [start, tempo])
+    is_told = tokenizer[int(window[at + 1])].startswith("Tempo")
+    return window if is_told else np.insert(window, at + 1, tempo)
 
 
 class Codec:
@@ -103,11 +119,12 @@ class Codec:
         self.names = [name for name, _ in sorted(tokenizer.vocab.items(), key=lambda item: item[1])]
         self.kinds = np.array([name.split("_")[0] for name in self.names])
         self.bytes = np.array([tokenizer._vocab_base_id_to_byte[i] for i in range(len(self.names))])
-        self.beats = np.array([beat_of(name) for name in self.names])
+        self.grid = tokenizer.config.max_num_pos_per_beat  # positions a beat
+        self.beats = np.array([beat_of(name, self.grid) for name in self.names])
         self.opens = self.kinds != "Position"
         self.expansion = self._expansion()
         self.vocab_size = len(self.expansion)
-        self.table = SlotTable([slot_row([self.names[i] for i in ids]) for ids in self.expansion], n_bars)
+        self.table = SlotTable([slot_row([self.names[i] for i in ids], self.grid) for ids in self.expansion], n_bars)
         self.grammar = self._grammar()
         timing = np.isin(self.kinds, TIMING)
         self.is_structure = np.array([bool(ids) and all(timing[i] for i in ids) for ids in self.expansion])
@@ -120,16 +137,19 @@ class Codec:
         return [[base[char] for char in text if char != SPACE] for text, _ in learned]
 
     def _grammar(self) -> Grammar:
-        kinds = list(FOLLOWS)
-        kind_of = [kinds.index(kind) if kind in FOLLOWS else kinds.index("PAD") for kind in self.kinds]
+        note = "Velocity" if self.tokenizer.config.use_velocities else "Duration"
+        follows = FOLLOWS | {"Pitch": note, "PitchDrum": note}
+        kinds = list(follows)
+        kind_of = [kinds.index(kind) if kind in follows else kinds.index("PAD") for kind in self.kinds]
         ends = []
         for ids in self.expansion:
             found = takewhile(lambda name: not name.startswith("TimeSig"), (self.names[i] for i in ids))
-            times = [name for name in found if beat_of(name) >= 0]
+            times = [name for name in found if beat_of(name, self.grid) >= 0]
             at = [int(name[9:]) if name.startswith("Position") else -1 for name in times] or [-1]
             first, last = (kind_of[ids[0]], kind_of[ids[-1]]) if ids else [kinds.index("PAD")] * 2
-            ends.append([first, last, at[0], any(position > 0 and position % 2 for position in at)])
-        may = np.array([[b in FOLLOWS[a].split() for b in kinds] for a in kinds])
+            is_odd = any(position > 0 and position % 2 for position in at)  # between two of the grid, where an eighth beats
+            ends.append([first, last, at[0], is_odd * 24 // self.grid])
+        may = np.array([[b in follows[a].split() for b in kinds] for a in kinds])
         programs, pitches = ({name: i for i, name in enumerate(n for n in self.names if n.startswith(kind))}
                              for kind in ("Program_", "Pitch"))
         written = [chords_of([self.names[i] for i in ids], programs, pitches) for ids in self.expansion]
@@ -184,7 +204,8 @@ class Codec:
         """Ids -> the window they stand for, in normal form. MidiTok skips tokens that make no note."""
         base = self.expand(ids)
         score = self.tokenizer.decode(TokSequence(ids=base, tokens=[self.names[i] for i in base])).resample(TPQ)
-        score.tempos = symusic.core.TempoTickList([symusic.Tempo(0, TEMPO)])
+        if not self.tokenizer.config.use_tempos:
+            score.tempos = symusic.core.TempoTickList([symusic.Tempo(0, TEMPO)])
         for track in score.tracks:
             track.name = VOICES.get(track.program, track.name)
         return score
@@ -201,20 +222,21 @@ class Codec:
 
 TIMING = ("Bar", "Position", "TimeSig")
 FOLLOWS = {  # what may come after each kind of base token
-    "BOS": "Bar", "Bar": "TimeSig", "TimeSig": "Position Bar EOS", "Position": "Program",
-    "Program": "Pitch PitchDrum", "Pitch": "Duration", "PitchDrum": "Duration", "Duration": "Program Position Bar EOS",
+    "BOS": "Bar", "Bar": "TimeSig", "TimeSig": "Position Bar EOS", "Position": "Tempo Program",
+    "Tempo": "Program Position Bar EOS", "Program": "Pitch PitchDrum", "Pitch": "Duration", "PitchDrum": "Duration",
+    "Velocity": "Duration", "Duration": "Program Position Bar EOS",
     "EOS": "EOS", "PAD": "", "MASK": "",
 }
 
 
-def beat_of(name: str) -> int:
+def beat_of(name: str, grid: int) -> int:
     """The beat in the bar a base token moves to; -1 where it moves nothing."""
     kind, _, value = name.partition("_")
-    return int(value) // 4 if kind == "Position" else 0 if kind == "Bar" else -1
+    return int(value) // grid if kind == "Position" else 0 if kind == "Bar" else -1
 
 
-def slot_row(names: list[str]) -> list[int]:
-    """What base tokens, one after the other, do to the clock: the row of `SlotTable`."""
+def slot_row(names: list[str], grid: int) -> list[int]:
+    """What base tokens, one after the other, do to the clock of `grid` positions a beat: the row of `SlotTable`."""
     bars, position, unit, length = 0, -1, -1, -1
     for kind, _, value in (name.partition("_") for name in names):
         if kind == "Bar":
@@ -223,7 +245,7 @@ def slot_row(names: list[str]) -> list[int]:
             position = int(value)
         elif kind == "TimeSig":
             beats, denominator = map(int, value.split("/"))
-            unit, length = 8 // denominator, beats * 32 // denominator
+            unit, length = 192 // denominator // grid, beats * 192 // denominator
     return [bars, position, unit, length]
 
 
@@ -271,7 +293,7 @@ def in_all_keys(codec: Codec, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray
 def store_folder(config: Config, pieces: list[Piece]) -> Path:
     """Where the store of these pieces under this configuration lies; any change of either gives another folder."""
     data = config.data
-    what = [VERSION, version("miditok"), data.bpe_vocab, data.n_bars, data.hop, data.transpose,
+    what = [VERSION, version("miditok"), data.form, data.bpe_vocab, data.n_bars, data.hop, data.transpose,
             config.model.max_tokens,
             [(p.name, p.source, p.split, hashlib.sha256(p.path.read_bytes()).hexdigest()) for p in pieces]]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
@@ -297,7 +319,7 @@ def build_store(config: Config, pieces: list[Piece], workers: int | None = None)
     try:
         tokenizer = parts / "tokenizer.json"
         if not tokenizer.exists():
-            codec = Codec(make_tokenizer(programs_of(pieces)), data.n_bars)
+            codec = Codec(make_tokenizer(programs_of(pieces), data.grid, data.velocities, data.tempos), data.n_bars)
             atomic(tokenizer, (codec.learn_bpe(sample(codec, pieces, data), data.bpe_vocab) if data.bpe_vocab
                                else codec).tokenizer.save)
         shards = [(str(parts / f"{i:06}.npz"), str(tokenizer), part, data.n_bars, data.hop, data.transpose,

@@ -308,7 +308,9 @@ def cut(score: Score, starts: list[int], bar: int, n_bars: int) -> Score:
     """The window of `n_bars` bars from `bar` on: notes that start there, times counted from its first bar line."""
     begin, end = starts[bar], starts[min(bar + n_bars, len(starts) - 1)]
     window = Score(score.tpq)
-    window.tempos.append(symusic.Tempo(0, score.tempos[0].qpm if len(score.tempos) else TEMPO))
+    in_force = [t.qpm for t in score.tempos if t.time <= begin][-1:] or [TEMPO]
+    window.tempos.append(symusic.Tempo(0, in_force[0]))
+    window.tempos.extend([symusic.Tempo(t.time - begin, t.qpm) for t in score.tempos if begin < t.time < end])
     for track in score.tracks:
         part = track.clip(begin, end, clip_end=False).shift_time(-begin)
         if len(part.notes):

@@ -122,9 +122,9 @@ def test_what_is_missing_or_misspelt_is_named(tmp_path):
 ROWS = [[0, -1, -1, -1]] * 4 + [  # the special tokens, then:
     [1, 0, -1, -1],   # 4: a bar
     [0, 4, -1, -1],   # 5: position 4
-    [0, 0, 1, 24],    # 6: 6/8 and position 0
+    [0, 0, 6, 144],   # 6: 6/8 and position 0
     [0, 20, -1, -1],  # 7: position 20
-    [1, 6, 2, 32],    # 8: a bar in 4/4 and position 6, merged by BPE
+    [1, 6, 12, 192],  # 8: a bar in 4/4 and position 6, merged by BPE
     [0, -1, -1, -1]]  # 9: a note
 
 
