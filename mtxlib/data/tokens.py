@@ -147,7 +147,7 @@ class Codec:
             times = [name for name in found if beat_of(name, self.grid) >= 0]
             at = [int(name[9:]) if name.startswith("Position") else -1 for name in times] or [-1]
             first, last = (kind_of[ids[0]], kind_of[ids[-1]]) if ids else [kinds.index("PAD")] * 2
-            is_odd = any(position > 0 and position % 2 for position in at)  # between two of the grid, where an eighth beats
+            is_odd = any(position > 0 and position % 2 for position in at)  # misses the grid if an eighth beats
             ends.append([first, last, at[0], is_odd * 24 // self.grid])
         may = np.array([[b in follows[a].split() for b in kinds] for a in kinds])
         programs, pitches = ({name: i for i, name in enumerate(n for n in self.names if n.startswith(kind))}
@@ -253,7 +253,7 @@ def chords_of(names: list[str], programs: dict[str, int], pitches: dict[str, int
     """The notes that base tokens begin, as `Grammar` wants them, and the program that is named last."""
     chords, program = [[]], -1
     for name in names:
-        if beat_of(name) >= 0:
+        if name.startswith(("Bar", "Position")):
             chords.append([])
         elif name in programs:
             program = programs[name]
