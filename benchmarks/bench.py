@@ -20,6 +20,7 @@ first 100 of Bach's chorales, and the line below the table says so.
 """
 
 import argparse
+import copy
 import io
 import json
 import multiprocessing
@@ -47,11 +48,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mtxlib.config import BOS, EOS, MASK, N_SPECIAL, PAD, Config, ModelConfig
+from mtxlib.config import EOS, MASK, N_SPECIAL, PAD, Config, ModelConfig
 from mtxlib.data.store import Grammar, SlotTable, TokenDropout, TokenStore
 from mtxlib.data.tokens import build_store
 from mtxlib.files import atomic_text
-from mtxlib.latent.decode import decode, prior_latents
+from mtxlib.latent.decode import Place, decode, prior_latents
 from mtxlib.model.optim import explain, matmul_rate
 from mtxlib.model.train import Trainer
 from mtxlib.model.vae import MusicVAE
@@ -312,33 +313,36 @@ class Endless(Grammar):
     def __init__(self, grammar: Grammar):
         self.__dict__.update(grammar.__dict__)
 
-    def allows(self, previous: Tensor, clock: Tensor) -> Tensor:
-        allowed = super().allows(previous, clock)
+    def allows(self, *place) -> np.ndarray:
+        allowed = super().allows(*place)
         allowed[:, EOS] = False
-        allowed |= ~allowed.any(1, keepdim=True)
+        allowed |= ~allowed.any(1, keepdims=True)
         allowed[:, EOS] = False
         return allowed
 
 
-def prefixes(table: SlotTable, ids: Tensor, every: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What decoding ids (B, T) asks of a model without a cache: ids (B, t), their slots, and the clock before the last
+def prefixes(table: SlotTable, grammar: Grammar, ids: Tensor, every: int = 1) -> Iterator[tuple[Tensor, Tensor, Place]]:
+    """What decoding ids (B, T) asks of a model without a cache: ids (B, t), their slots, and the place before the last
     of them, for one in `every` t."""
-    slots, clock = table.slots(ids), table.start(len(ids))
+    slots, place = table.slots(ids), Place(table, grammar, len(ids))
     for t in range(1, ids.shape[1]):
         if t % every == every // 2:
-            yield ids[:, :t], slots[:, :t], clock
-        clock, _ = table.advance(clock, ids[:, t - 1])
+            yield ids[:, :t], slots[:, :t], place
+            place = copy.copy(place)
+            place.begun = copy.deepcopy(place.begun)
+        place.read(ids[:, t - 1].numpy())
 
 
 @torch.no_grad()
-def next_uncached(model: MusicVAE, table: SlotTable, z: Tensor, grammar: Grammar, ids: Tensor, slots: Tensor,
-                  clock: Tensor) -> Tensor:
+def next_uncached(model: MusicVAE, z: Tensor, ids: Tensor, slots: Tensor, place: Place) -> Tensor:
     """Greedy: the ids (B,) after ids (B, t), from z (B, S, C) and the whole prefix."""
-    clock, _ = table.advance(clock, ids[:, -1])
+    place = copy.copy(place)
+    place.begun = copy.deepcopy(place.begun)
+    place.read(ids[:, -1].numpy())
     is_live = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
     logits = model.decode(ids.to(z.device), slots.to(z.device), z, is_live)[:, -1]
-    logits[:, [PAD, BOS, MASK]] = -torch.inf
-    return logits.masked_fill(~grammar.allows(ids[:, -1], clock).to(z.device), -torch.inf).argmax(-1).cpu()
+    forbidden = torch.from_numpy(place.forbids(logits.shape[1])).to(z.device)
+    return logits.masked_fill(forbidden, -torch.inf).argmax(-1).cpu()
 
 
 def generation(setting: Setting) -> Iterator[Row]:
@@ -352,10 +356,10 @@ def generation(setting: Setting) -> Iterator[Row]:
         def cached(z=z):
             return decode(run.model, table, z, max_tokens=NEW_TOKENS + 1, grammar=grammar)
 
-        asked = list(prefixes(table, torch.tensor(cached()), every))
+        asked = list(prefixes(table, grammar, torch.tensor(cached()), every))
 
         def uncached(z=z, asked=asked):
-            return [next_uncached(run.model, table, z, grammar, *prefix) for prefix in asked]
+            return [next_uncached(run.model, z, *prefix) for prefix in asked]
 
         took, took_uncached = take_turns(3, lambda f=cached: seconds(f), lambda f=uncached: seconds(f))
         rates = [batch * NEW_TOKENS / t for t in took]

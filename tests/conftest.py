@@ -35,6 +35,17 @@ def four_voices(seed: int, metres: list[tuple[tuple[int, int], int]], spread: in
     return score
 
 
+def score_of(*voices, metre=(4, 4)) -> Score:
+    """Voices of (start, length, pitch) in quarters; soprano first."""
+    score = Score(480)
+    score.time_signatures.append(TimeSignature(0, *metre))
+    for (program, _), notes in zip(VOICES, voices, strict=False):
+        track = Track("", program, False)
+        track.notes.extend([Note(int(start * 480), int(length * 480), pitch, 80) for start, length, pitch in notes])
+        score.tracks.append(track)
+    return score
+
+
 def write_music(folder: Path) -> Path:
     """Sixteen pieces: the three metres, changes between them, one shorter than a window, one with eight empty bars."""
     folder.mkdir()

@@ -44,11 +44,11 @@ def test_decoding_without_cache_writes_the_same_and_never_ends(run):
     z = prior_latents(run.model, 3, run.mean_tokens, seed=1)
     ours = torch.tensor(decode(run.model, table, z, max_tokens=61, grammar=grammar))
     assert ours.shape == (3, 61) and not torch.isin(ours[:, 1:], torch.tensor([PAD, BOS, EOS, MASK])).any()
-    asked = list(prefixes(table, ours))
+    asked = list(prefixes(table, grammar, ours))
     assert [ids.shape[1] for ids, _, _ in asked] == list(range(1, 61))
-    theirs = [next_uncached(run.model, table, z, grammar, *prefix) for prefix in asked]
+    theirs = [next_uncached(run.model, z, *prefix) for prefix in asked]
     assert torch.equal(torch.stack(theirs, 1), ours[:, 1:])
-    assert [ids.shape[1] for ids, _, _ in prefixes(table, ours, 8)] == [4, 12, 20, 28, 36, 44, 52, 60]
+    assert [ids.shape[1] for ids, _, _ in prefixes(table, grammar, ours, 8)] == [4, 12, 20, 28, 36, 44, 52, 60]
 
 
 def test_token_dropout_one_by_one_hits_what_ours_hits():

@@ -6,6 +6,7 @@ N windows, S latent rows, C latent channels, A attributes.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -74,13 +75,18 @@ def change_mode(run, z: Tensor, amount: float) -> Tensor:
     latent to that of what it decodes to, greedily, in the parallel mode. `slerp` changes the music half-way, all at
     once, so the way is gone by the square root of the amount, and half of it is passed before the first unit.
     """
-    windows = z.reshape(-1, *z.shape[-2:])
-    scores = run.decode(windows)
-    others = run.encode_windows([parallel(score) for score in scores])
+    modes, others = other_modes(run, z)
     alpha = min(1.0, abs(amount) / 3) ** 0.5
-    turned = [slerp(a, b, alpha) if major(score) * amount < 0 else a
-              for a, b, score in zip(windows, others, scores, strict=True)]
+    turned = [slerp(a, b, alpha) if mode * amount < 0 else a
+              for a, b, mode in zip(z.reshape(others.shape), others, modes, strict=True)]
     return torch.stack(turned).view_as(z)
+
+
+@lru_cache(maxsize=1)  # a slider moves the same latents again and again
+def other_modes(run, z: Tensor) -> tuple[list[float], Tensor]:
+    """How major the music of latents is, and the latents (N, S, C) of that music in the parallel mode."""
+    scores = run.decode(z.reshape(-1, *z.shape[-2:]))
+    return [major(score) for score in scores], run.encode_windows([parallel(score) for score in scores])
 
 
 def find(z: Tensor, values: np.ndarray, names: list[str]) -> Directions:
@@ -117,25 +123,26 @@ def load_directions(path: Path, weights: Path) -> Directions | None:
         with safe_open(path, framework="pt") as f:
             metadata = f.metadata() or {}
             if metadata.get("format") != "mtxlib directions":
-                raise ValueError("no mark of mtxlib.walk in it")
+                raise ValueError("no mark of mtxlib directions in it")
             if metadata["weights"] != digest(weights):
                 return None
             return Directions(json.loads(metadata["names"]), f.get_tensor("vectors").float(), f.get_tensor("sd"))
     except (KeyError, SafetensorError, ValueError) as e:
-        raise ValueError(f"{path}: expected directions saved by mtxlib.walk, got something else ({e})") from e
+        raise ValueError(f"{path}: expected directions saved by mtxlib, got something else ({e})") from e
 
 
 def responses(run, directions: Directions, windows: list[Score], positions=POSITIONS) -> pd.DataFrame:
     """Attributes of what is decoded, greedily, with each slider at each position: rows (slider, position, window),
     columns the attributes in standard deviations, and `notes`, their number."""
     z = run.encode_windows(windows)
-    at = list(product(directions.names, positions))
-    scores = run.decode(torch.cat([directions.move(z, {name: position}) for name, position in at]))
+    moved = [directions.move(z, {name: position}) for name, position in product(directions.names, positions)]
+    different, number = torch.cat(moved).unique(dim=0, return_inverse=True)  # at 0 all sliders are the same
+    scores = run.decode(different)
+    values = np.array([[ATTRIBUTES[name](score) for name in directions.names] for score in scores])
     index = pd.MultiIndex.from_product([directions.names, positions, range(len(windows))],
                                        names=["slider", "position", "window"])
-    values = np.array([[ATTRIBUTES[name](score) for name in directions.names] for score in scores])
-    frame = pd.DataFrame(values / directions.sd.numpy(), index, directions.names)
-    return frame.assign(notes=[score.note_num() for score in scores])
+    frame = pd.DataFrame(values[number] / directions.sd.numpy(), index, directions.names)
+    return frame.assign(notes=np.array([score.note_num() for score in scores])[number])
 
 
 def leakage(responses: pd.DataFrame) -> pd.DataFrame:

@@ -11,8 +11,8 @@ from mtxlib.data.tokens import Codec, cut_pieces, in_all_keys
 from mtxlib.model.prior import Line
 from mtxlib.model.vae import MusicVAE
 from mtxlib.music.corpus import Piece
-from mtxlib.music.metrics import closes
-from mtxlib.music.score import KEY_NAMES, voices_of
+from mtxlib.music.metrics import closes, stopping
+from mtxlib.music.score import KEY_NAMES
 
 
 @torch.no_grad()
@@ -31,7 +31,8 @@ def lines_of(model: MusicVAE, codec: Codec, pieces: list[Piece], all_keys: bool 
             piece, shift, bar, _ = keyed[number]
             lines.setdefault((piece, shift), []).append((bar, mu, logvar))
     scores = [Score(piece.path) for piece in pieces]
-    closing = [int(closes(score, voices_of([score]))) for score in scores]
+    last = stopping(scores)
+    closing = [int(closes(score, last)) for score in scores]
     return [Line(*lay(sorted(found, key=lambda window: window[0]), codec.n_bars), transposed(pieces[i].key, shift),
                  closing[i]) for (i, shift), found in sorted(lines.items())]
 

@@ -1,22 +1,24 @@
 """Ways between latents, and measured ways between pieces.
 
-Windows are compared on their grid: voices by sixteenths, the pitch that sounds or none.
+Windows are compared as piano rolls (`score.roll`), drums and chords with the rest.
 
-S latent rows, C latent channels; V voices, T sixteenths.
+S latent rows, C latent channels; V voices, T steps (`score.STEPS` a quarter).
 """
 
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import torch
-from symusic import Note, Score, Track
+from symusic import Score
 from torch import Tensor
 
 from mtxlib.config import PAD
 from mtxlib.model.losses import kl_per_dim, reconstruction
 from mtxlib.music.metrics import in_key
-from mtxlib.music.score import GRID, TPQ, VELOCITY, bar_starts, grid, note_f1, track_programs
+from mtxlib.music.score import SIXTEENTH, bar_lines, note_f1, roll, score_of, voices_of
+
+COSTED = 10  # pairs whose crossfades are measured in nats: they have thrice the tokens, and differ from slerp tenfold
 
 
 def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
@@ -67,77 +69,81 @@ def pairs_of(run, n: int = 100, split: str = "test", seed: int = 0) -> list[tupl
     return pairs[:n]
 
 
-def sixteenths(run, a: Score, b: Score) -> int:
-    """How many a pair of windows lasts, without what rings on beyond its last bar."""
-    return max(bar_starts(score)[:run.n_bars + 1][-1] for score in (a, b)) // GRID
+def steps_of(run, a: Score, b: Score) -> int:
+    """How many steps a pair of windows lasts, without what rings on beyond its last bar."""
+    return max(bar_lines(score)[:run.n_bars + 1][-1] for score in (a, b))
 
 
-def crossfade(a: Score, b: Score, alpha: float, draws: np.ndarray) -> Score:
-    """Between two windows without a latent: each sixteenth, in all voices, is b's with probability alpha and else a's:
-    the baseline of MusicVAE (Roberts 2018). draws (T,): numbers in [0, 1) that decide it; as they are the
-    same for every alpha, what has become b's stays b's."""
-    voices = track_programs(a, b)
-    pitch, begins = (np.where(draws < alpha, y, x) for x, y in
-                     zip(grid(a, voices, len(draws)), grid(b, voices, len(draws)), strict=True))
-    begins |= np.diff(pitch, prepend=0) != 0
-    mixed = Score(TPQ)
-    mixed.time_signatures.extend(a.time_signatures)
-    for program, *voice in zip(voices, begins.cumsum(1), pitch, strict=True):
-        track, time = Track("", program, False), 0
-        for (_, p), cells in groupby(zip(*(x.tolist() for x in voice), strict=True)):
-            length = len(list(cells))
-            if p:
-                track.notes.append(Note(time * GRID, length * GRID, p, VELOCITY))
-            time += length
-        mixed.tracks.append(track)
-    return mixed
+def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How far two piano rolls (V, T, 128) are apart in each voice and step, (V, T): the share of the notes that sound
+    in either and not in both. Of single notes it is 1 where they differ, so that the mean is the Hamming distance."""
+    a, b = (np.packbits(x, axis=-1).view(np.uint64) for x in (a, b))  # sets of pitches, as bits
+    both, either = (np.bitwise_count(x).sum(-1) for x in (a & b, a | b))
+    return 1 - (both + (either == 0)) / either.clip(1)
+
+
+def crossfade(a: Score, b: Score, alphas: np.ndarray, draws: np.ndarray) -> list[Score]:
+    """Between two windows without a latent, a mix for each alpha: each sixteenth, in all voices, is b's with
+    probability alpha and else a's, the baseline of MusicVAE (Roberts 2018). draws (T / 6,): numbers in [0, 1) that
+    decide it; as they are the same for every alpha, what has become b's stays b's."""
+    voices, draws, mixes = voices_of([a, b]), np.repeat(draws, SIXTEENTH), []
+    rolls = [roll(score, voices, len(draws)) for score in (a, b)]
+    for alpha in alphas:
+        mixes.append(score_of(*(np.where(draws[:, None] < alpha, y, x) for x, y in zip(*rolls, strict=True)), voices))
+        mixes[-1].time_signatures.extend(a.time_signatures)
+    return mixes
 
 
 def interpolation(run, pairs: list[tuple[Score, Score]], steps: int = 11, seed: int = 0) -> pd.DataFrame:
     """From a to b in `steps` steps, for each pair of windows: by slerp between the posterior means, decoded greedily,
     and by `crossfade`. One row for each way, pair and alpha:
 
-    - `to_a`, `to_b`: Hamming distance to the windows themselves, share of the grid where another pitch sounds, or none.
+    - `to_a`, `to_b`: distance to the windows themselves, see `apart`, in the voices that these have.
     - `moved`: the same to the step before; `onward`: whether neither `to_a` has fallen nor `to_b` risen since then.
-    - `in_key`: the largest share of the sounding grid that one diatonic scale holds.
-    - `nats`: what the step costs this model, reconstruction and KL, a window; nan where it has too many tokens for it.
+    - `in_key`: the largest share of the sounding notes that one diatonic scale holds.
+    - `nats`: what the step costs this model, reconstruction and KL, a window; nan where it has too many tokens for it,
+      and in all crossfades but those of the first COSTED pairs.
     - `note_f1`: at the two ends, of the notes of a and of b; nan between.
     """
     alphas, rng = np.linspace(0, 1, steps), np.random.default_rng(seed)
     z = run.encode_windows([window for pair in pairs for window in pair]).unflatten(0, (-1, 2))
-    draws = [rng.random(sixteenths(run, *pair)) for pair in pairs]
+    lengths = [steps_of(run, *pair) for pair in pairs]
     ways = {"slerp": run.decode(torch.stack([slerp(a, b, float(alpha)) for a, b in z for alpha in alphas])),
-            "crossfade": [crossfade(*pair, alpha, u) for pair, u in zip(pairs, draws, strict=True) for alpha in alphas]}
+            "crossfade": [mix for pair, length in zip(pairs, lengths, strict=True)
+                          for mix in crossfade(*pair, alphas, rng.random(length // SIXTEENTH))]}
     frames = []
     for way, scores in ways.items():
-        nats = cost(run, scores, seed).reshape(-1, steps)
+        nats = np.full(len(scores), np.nan)
+        measured = scores[:COSTED * steps] if way == "crossfade" else scores
+        nats[:len(measured)] = cost(run, measured, seed)
         for i, (a, b) in enumerate(pairs):
-            mixes, voices = scores[i * steps:(i + 1) * steps], track_programs(a, b)
-            on_a, on_b, *on = (grid(score, voices, len(draws[i]))[0] for score in (a, b, *mixes))
-            to_a, to_b = ((np.stack(on) != end).mean((1, 2)) for end in (on_a, on_b))
+            mixes, voices = scores[i * steps:(i + 1) * steps], voices_of([a, b])
+            on_a, on_b, *on = (roll(score, voices, lengths[i])[0] for score in (a, b, *mixes))
+            to_a, to_b = (np.array([apart(x, end).mean() for x in on]) for end in (on_a, on_b))
+            melodic = np.array(voices) >= 0
             frames.append(pd.DataFrame({
                 "way": way, "pair": i, "alpha": alphas, "to_a": to_a, "to_b": to_b,
-                "moved": [np.nan, *((x != y).mean() for x, y in pairwise(on))],
+                "moved": [np.nan, *(apart(x, y).mean() for x, y in pairwise(on))],
                 "onward": [np.nan, *((np.diff(to_a) >= 0) & (np.diff(to_b) <= 0))],
-                "in_key": [in_key(x) for x in on], "nats": nats[i],
+                "in_key": [in_key(x[melodic]) for x in on], "nats": nats[i * steps:(i + 1) * steps],
                 "note_f1": [note_f1(mixes[0], a), *[np.nan] * (steps - 2), note_f1(mixes[-1], b)]}))
     return pd.concat(frames, ignore_index=True)
 
 
 def rowwise(run, pairs: list[tuple[Score, Score]], alpha: list[float]) -> pd.DataFrame:
     """Bar by bar from a to b: each bar of a pair's window is mixed by its own `alpha` (see `mix`) and decoded
-    greedily. One row for each pair and bar, with the Hamming distances `to_a` and `to_b` of that bar, as in
-    `interpolation`.
+    greedily. One row for each pair and bar, with the distances `to_a` and `to_b` of that bar, as in `interpolation`.
 
     Raises ValueError where the latent's rows do not follow the bars.
     """
     z = run.encode_windows([window for pair in pairs for window in pair]).unflatten(0, (-1, 2))
     mixes, rows = run.decode(torch.stack([mix(a, b, alpha, run.n_bars) for a, b in z])), []
     for i, (score, (a, b)) in enumerate(zip(mixes, pairs, strict=True)):
-        lines, voices = np.array(bar_starts(a)[:run.n_bars + 1]) // GRID, track_programs(a, b)
-        on, on_a, on_b = (np.split(grid(x, voices, lines[-1])[0], lines[1:-1], axis=1) for x in (score, a, b))
-        rows += [{"pair": i, "bar": k + 1, "alpha": alpha[k], "to_a": (x != x_a).mean(), "to_b": (x != x_b).mean()}
-                 for k, (x, x_a, x_b) in enumerate(zip(on, on_a, on_b, strict=True))]
+        lines, voices = bar_lines(a)[:run.n_bars + 1], voices_of([a, b])
+        on, on_a, on_b = (roll(x, voices, lines[-1])[0] for x in (score, a, b))
+        rows += [{"pair": i, "bar": k + 1, "alpha": alpha[k], "to_a": to_a.mean(), "to_b": to_b.mean()}
+                 for k, (to_a, to_b) in enumerate(zip(*(np.split(apart(on, x), lines[1:-1], axis=1)
+                                                        for x in (on_a, on_b)), strict=True))]
     return pd.DataFrame(rows)
 
 

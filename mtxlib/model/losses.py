@@ -8,6 +8,7 @@ the length of the window; `objective(recon_scale="token")` keeps that mistake al
 Shapes: B batch, T tokens, V vocabulary, S latent rows, C latent channels.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,17 @@ def kl_per_dim(mu: Tensor, logvar: Tensor, is_live: Tensor) -> Tensor:
     mu, logvar = mu.float(), logvar.float()
     kl = 0.5 * (mu.square() + logvar.exp() - 1.0 - logvar)
     return kl.masked_fill(~is_live[..., None], 0.0)
+
+
+def entropy(logvar: Tensor) -> Tensor:
+    """Of N(mu, exp logvar), summed over the channels of each row: logvar (B, S, C) -> (B, S) nats."""
+    return 0.5 * (logvar.float() + 1 + math.log(2 * math.pi)).sum(-1)
+
+
+def normal_share(step: int, warmup: int) -> float:
+    """Share of the KL to N(0, I), beside that to a joint prior: from 1 to 0.1 over `warmup` steps, so that the latent
+    keeps its size while the prior still learns where it lies."""
+    return max(0.1, 1 - 0.9 * step / max(1, warmup))
 
 
 def with_free_bits(kl: Tensor, free_bits: float) -> Tensor:

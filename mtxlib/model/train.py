@@ -36,7 +36,18 @@ from mtxlib.config import PAD, Config
 from mtxlib.data.store import Batch, TokenDropout, TokenStore, epoch_batches
 from mtxlib.files import append, atomic, atomic_text, brief
 from mtxlib.model.likelihood import Measured, measure
-from mtxlib.model.losses import Terms, beta_at, kl_per_dim, lr_at, objective, rate_at, reconstruction, steer
+from mtxlib.model.losses import (
+    Terms,
+    beta_at,
+    entropy,
+    kl_per_dim,
+    lr_at,
+    normal_share,
+    objective,
+    rate_at,
+    reconstruction,
+    steer,
+)
 from mtxlib.model.optim import autocast_for, explain, make_optimizers
 from mtxlib.model.vae import MusicVAE
 
@@ -76,6 +87,9 @@ class Trainer:
         if self.world > 1:
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
         self.optimizers = make_optimizers(self.model, self.c)
+        of_prior = list(self.model.prior.parameters()) if self.model.prior is not None else []
+        others = {id(p) for p in of_prior}
+        self.clipped = [[p for p in self.model.parameters() if id(p) not in others], of_prior]  # each by itself
         drop = partial(TokenDropout, vocab_size=self.store.vocab_size, kind=self.c.dropout_kind,
                        spare=self.store.is_structure.to(self.device) if self.c.spare_structure else None)
         self.drop_enc, self.drop_dec = drop(self.c.enc_token_dropout), drop(self.c.dec_token_dropout)
@@ -110,10 +124,19 @@ class Trainer:
             out = self.forward(ids, *others)
         targets, c = ids[:, 1:], self.c
         kl = kl_per_dim(*out.posterior) if self.config.model.variational else torch.zeros_like(out.posterior.mu)
-        recon = self.of_all(reconstruction(out.logits, targets, targets == PAD))
-        return objective(recon, self.of_all(kl), self.beta(self.step), free_bits=c.free_bits,
-                         target_rate=0.0 if self.steers else self.rate(self.step), recon_scale=c.recon_scale,
-                         n_tokens=(batch.ids[:, 1:] != PAD).sum(1))
+        recon, kl = self.of_all(reconstruction(out.logits, targets, targets == PAD)), self.of_all(kl)
+        beta, share = self.beta(self.step), normal_share(self.step, c.beta_warmup)
+        if out.prior_nats is not None:
+            to_prior = self.of_all(out.prior_nats - entropy(out.posterior.logvar))[..., None]    # (B, S, 1)
+            kl = share * kl.sum(-1, keepdim=True) + (1 - share) * to_prior                       # (B, S, 1)
+        terms = objective(recon, kl, beta, free_bits=c.free_bits,
+                          target_rate=0.0 if self.steers else self.rate(self.step), recon_scale=c.recon_scale,
+                          n_tokens=(batch.ids[:, 1:] != PAD).sum(1))
+        if out.prior_nats is None:
+            return terms
+        # Through the KL the prior hears beta * (1 - share) of its own loss; it learns best from all of it.
+        rest = (1 - beta * (1 - share)) * self.of_all(out.prior_loss).sum(1).mean()
+        return terms._replace(loss=terms.loss + rest, kl=to_prior.mean(0).sum())
 
     def of_all(self, part: torch.Tensor) -> torch.Tensor:
         """A tensor (B, …) of the whole batch from each process's part."""
@@ -155,7 +178,7 @@ class Trainer:
             terms = self.terms(Batch(ids, slots).to(self.device))
             (terms.loss * scale * self.world / self.c.accumulate).backward()  # DDP takes the mean over the processes
             sums += torch.stack([x.detach().float() for x in terms]) / self.c.accumulate
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.c.grad_clip)
+        norm, *_ = (nn.utils.clip_grad_norm_(part, self.c.grad_clip) for part in self.clipped)
         values = {**dict(zip(("loss", "recon", "kl", "kl_loss"), sums, strict=True)), "grad_norm": norm}
         if self.device.type == "cpu":  # on a GPU this would wait for it at every step: there each line is checked
             self.check_finite({k: float(v) for k, v in values.items()}, self.step + 1)
@@ -270,8 +293,9 @@ class Trainer:
         """
         c = self.c
         if self.steers:
-            return float(m.recon.mean() + (m.kl.sum((1, 2)).mean() - c.target_rate).clamp(min=0))
+            return float(m.recon.mean() + (m.rate.mean() - c.target_rate).clamp(min=0))
         kl = m.kl if self.config.model.variational else torch.zeros_like(m.kl)
+        kl = kl if self.model.prior is None else m.rate[:, None, None]
         return float(objective(m.recon, kl, c.beta_max, free_bits=c.free_bits, target_rate=c.target_rate,
                                recon_scale=c.recon_scale, n_tokens=m.n_tokens).loss)
 
