@@ -339,8 +339,8 @@ def join(windows: list[Score], bars: list[int], n_bars: int, starts: list[int]) 
 
 def chain(windows: list[Score], spans: list[tuple[int, int]]) -> Score:
     """One piece of the bars [first, last) that each window gives, in its own metre; missing bars are empty.
-    Only at the very end a note is cut at the bar line; the four voices (`VOICES`) sing one note at a time, each ends
-    where the next begins."""
+    Only at the very end a note is cut at the bar line; the four voices (`VOICES`) sing one note at a time, each
+    ends where the next begins, unless they are choirs: more than one note in twenty begins with another."""
     out, tracks, end, last_metre = Score(windows[0].tpq), {}, 0, None
     for window, (first, last) in zip(windows, spans, strict=True):
         lines = bar_starts(window)
@@ -360,8 +360,9 @@ def chain(windows: list[Score], spans: list[tuple[int, int]]) -> Score:
         end += until - begin
     for track in tracks.values():
         notes = sorted(track.notes, key=lambda n: n.start)
-        if track.program in VOICES and not track.is_drum:
-            notes = list({n.start: n for n in notes}.values())
+        line = {n.start: n for n in notes}
+        if track.program in VOICES and not track.is_drum and 20 * len(line) >= 19 * len(notes):
+            notes = list(line.values())
             for note, following in pairwise(notes):
                 note.duration = min(note.duration, following.start - note.start)
         for note in notes:
