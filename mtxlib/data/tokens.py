@@ -38,7 +38,19 @@ from mtxlib.data.store import (
 )
 from mtxlib.files import atomic, brief
 from mtxlib.music.corpus import Piece
-from mtxlib.music.score import MAX_BEATS, METRES, TEMPI, TEMPO, TPQ, VOICES, bar_starts, window_bars
+from mtxlib.music.score import (
+    BY_LENGTH,
+    GRID,
+    MAX_BEATS,
+    METRES,
+    TEMPI,
+    TEMPO,
+    TPQ,
+    VOICES,
+    WINDOW_END,
+    bar_starts,
+    window_bars,
+)
 from mtxlib.processes import apart, cores
 
 PITCHES = (21, 109)  # the piano's range; the upper end is excluded
@@ -208,6 +220,8 @@ class Codec:
             score.tempos = symusic.core.TempoTickList([symusic.Tempo(0, TEMPO)])
         for track in score.tracks:
             track.name = VOICES.get(track.program, track.name)
+        lines = bar_starts(score, self.n_bars * max(BY_LENGTH) * GRID)[:self.n_bars + 1]
+        score.markers.append(symusic.TextMeta(lines[-1], WINDOW_END))
         return score
 
     def slots(self, sequences: list[np.ndarray], chunk: int = 4096) -> list[np.ndarray]:
