@@ -115,9 +115,8 @@ def interpolation(run, pairs: list[tuple[Score, Score]], steps: int = 11, seed: 
                           for mix in crossfade(*pair, alphas, rng.random(length // SIXTEENTH))]}
     frames = []
     for way, scores in ways.items():
-        nats = np.full(len(scores), np.nan)
-        measured = scores[:COSTED * steps] if way == "crossfade" else scores
-        nats[:len(measured)] = cost(run, measured, seed)
+        nats = cost(run, scores[:COSTED * steps] if way == "crossfade" else scores, seed)
+        nats = np.pad(nats, (0, len(scores) - len(nats)), constant_values=np.nan)
         for i, (a, b) in enumerate(pairs):
             mixes, voices = scores[i * steps:(i + 1) * steps], voices_of([a, b])
             on_a, on_b, *on = (roll(score, voices, lengths[i])[0] for score in (a, b, *mixes))

@@ -53,8 +53,7 @@ def judge(pieces: list[Score], real: list[Score]) -> dict[str, float]:
       whole piece or closely related to it: their signatures differ by one accidental at most.
     - `similarity_within`, `similarity_across`: mean similarity, 0 to 1, of two bars of one piece and of two pieces:
       shared notes over all notes, as in Museformer (Yu 2022), where notes are equal that agree in voice, place in the
-      bar and pitch class above the tonic of the piece. Music that comes back to itself has a high first; pieces that
-      are all alike, a high second. nan where there are no two such bars.
+      bar and pitch class above the tonic of the piece; nan where there are no two such bars.
     - `tonic_ending`: share of pieces whose last chord is a major or minor triad in root position on the tonic of the
       piece; its fifth may be missing. Where most real pieces stop in all voices together, these have to as well.
       `cadence`: share of those whose last chord also begins on a bar line or half a bar after one, and lasts a quarter.
@@ -70,12 +69,12 @@ def judge(pieces: list[Score], real: list[Score]) -> dict[str, float]:
     voices, last, (rules, choir) = from_the_highest(real), stopping(real), rules_of(real)
     chords = [] if "voice_crossing" in reasons else [chords_of(score, voices) for score in pieces]
     n_chords = sum(chord.shape[1] for chord in chords)
-    within, across = similarity(pieces)
+    changes, (within, across) = max(1, n_chords - len(chords)), similarity(pieces)
     return {
         **{f"oa_{name}": float(np.minimum(ours[name], theirs[name]).sum()) for name in ours},
         "voice_crossing": float(sum(crossings(chord).sum() for chord in chords) / max(1, n_chords)),
-        **{f"parallel_{name}": 100 * sum(parallels(chord, size) for chord in chords) / max(1, n_chords - len(chords))
-           for name, size in (("fifths", 7), ("octaves", 0))},
+        "parallel_fifths": 100 * sum(parallels(chord, 7) for chord in chords) / changes,
+        "parallel_octaves": 100 * sum(parallels(chord, 0) for chord in chords) / changes,
         "key_stability": mean([near for score in pieces for near in is_near_key(score)]),
         "similarity_within": within, "similarity_across": across,
         "tonic_ending": mean([ends_on_tonic(score, last) for score in pieces]),
@@ -86,18 +85,16 @@ def judge(pieces: list[Score], real: list[Score]) -> dict[str, float]:
 
 def undefined(real: list[Score]) -> dict[str, str]:
     """The measures of `judge` that mean nothing beside such real pieces, each with the reason."""
-    notes = [pitched(score) for score in real]
-    leading, harmony = ("voice_crossing", "parallel_fifths", "parallel_octaves"), ("tonic_ending", "cadence")
-    if not any(map(len, notes)):
-        return dict.fromkeys(("oa_pitch", "oa_duration", "oa_onset_interval", "oa_harmonic_interval", *leading,
-                              "key_stability", *harmony), "the real pieces have no notes but drums")
-    if not histograms(real)["harmonic_interval"].any():
-        return dict.fromkeys(("oa_harmonic_interval", *leading, *harmony),
-                             "the real pieces never have two notes at once")
-    if np.mean([RULES[1] in rules_kept(score) for score in real]) < MOST:
-        return dict.fromkeys(leading, "the real pieces have voices of several notes at a time")
-    if len(from_the_highest(real)) < 2:
-        return dict.fromkeys(leading, "the real pieces have one voice")
+    leading = ("voice_crossing", "parallel_fifths", "parallel_octaves")
+    harmony = (*leading, "oa_harmonic_interval", "tonic_ending", "cadence")
+    shares = histograms(real)
+    if not shares["pitch"].any():
+        return dict.fromkeys((*harmony, "oa_pitch", "oa_duration", "oa_onset_interval", "key_stability"),
+                             "the real pieces have no notes but drums")
+    if not shares["harmonic_interval"].any():
+        return dict.fromkeys(harmony, "the real pieces never have two notes at once")
+    if len(from_the_highest(real)) < 2 or np.mean([RULES[1] in rules_kept(score) for score in real]) < MOST:
+        return dict.fromkeys(leading, "the real pieces do not have several voices of one note at a time each")
     return {}
 
 
@@ -122,8 +119,8 @@ def chords_of(score: Score, voices: list[int]) -> np.ndarray:
     notes = notes[np.isin(notes[:, 0], voices)]
     times = np.unique(notes[:, 1])
     which, when = sounding(notes, times)
-    chords, row = np.zeros((len(voices), len(times)), int), {voice: i for i, voice in enumerate(voices)}
-    chords[[row[voice] for voice in notes[which, 0].tolist()], when] = notes[which, 3]
+    chords = np.zeros((len(voices), len(times)), int)
+    chords[list(map(voices.index, notes[which, 0].tolist())), when] = notes[which, 3]
     return chords
 
 

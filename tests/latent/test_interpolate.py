@@ -72,7 +72,7 @@ def test_interpolation_measures_known_distances(run, monkeypatch):
     middle = score_of([(0, 4, 60), (4, 4, 64)], [(0, 8, 48)])
     monkeypatch.setattr(run, "encode_windows", lambda windows: torch.zeros(len(windows), 4, 3))
     monkeypatch.setattr(run, "decode", lambda z: [a, middle, b])
-    monkeypatch.setattr(interpolate, "cost", lambda run, scores, seed: np.arange(len(scores)))
+    monkeypatch.setattr(interpolate, "cost", lambda run, scores, seed: np.arange(float(len(scores))))
     frame = interpolation(run, [(a, b)], steps=3).set_index("way")
     slerp = frame.loc["slerp"]
     assert slerp.alpha.tolist() == [0, 0.5, 1] and slerp.to_a.tolist() == [0, 0.25, 0.5]
@@ -83,6 +83,9 @@ def test_interpolation_measures_known_distances(run, monkeypatch):
     assert fade.nats.tolist() == [0, 1, 2]
     assert fade.to_a.iloc[0] == fade.to_b.iloc[-1] == 0 and fade.to_b.iloc[0] == fade.to_a.iloc[-1] == 0.5
     assert (fade.to_a + fade.to_b).tolist() == pytest.approx([0.5] * 3)
+    monkeypatch.setattr(interpolate, "COSTED", 0)
+    nats = interpolation(run, [(a, b)], steps=3).set_index("way").nats
+    assert nats["crossfade"].isna().all() and nats["slerp"].notna().all()
 
 
 def test_rowwise_counts_each_bar_by_itself(run, monkeypatch):

@@ -185,7 +185,7 @@ def test_what_means_nothing_for_hands_is_nan_and_says_why():
     real = [hands((60, 64, 67, 72), (60, 64), (62, 65)), hands((60, 67, 72))]
     reasons, found = undefined(real), judge(real, real)
     assert set(reasons) == {"voice_crossing", "parallel_fifths", "parallel_octaves"}
-    assert all("several notes at a time" in reason for reason in reasons.values())
+    assert all("voices of one note at a time" in reason for reason in reasons.values())
     assert {name for name, value in found.items() if np.isnan(value)} == set(reasons)
     assert undefined([piece(TONIC, TONIC)]) == {}
 
