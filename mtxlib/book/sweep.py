@@ -13,7 +13,18 @@ from pathlib import Path
 import yaml
 
 from mtxlib.book.cluster import Jobs, Processes
-from mtxlib.book.notebooks import FIGURES, NOTEBOOKS, declared, figures, find_notebooks, plan, seconds_done, shown
+from mtxlib.book.notebooks import (
+    FIGURES,
+    NOTEBOOKS,
+    check_folder,
+    declared,
+    figures,
+    find_notebooks,
+    from_here,
+    plan,
+    seconds_done,
+    shown,
+)
 from mtxlib.config import nearest
 from mtxlib.files import atomic_text
 
@@ -46,7 +57,7 @@ def read_sweep(file: Path, folder: Path) -> tuple[str, str, list[Path], dict[str
             name = folder_name(name or ",".join(said))
             if name in runs and "random" not in kinds:  # a repeated draw is no mistake, one run does for both
                 raise ValueError(f"two runs are called {name!r}")
-            runs[name] = {**spec.get("params", {}), **given}
+            runs[name] = from_here({**spec.get("params", {}), **given})
             plan(notebooks, file, preset, runs[name])  # refuses what no notebook can take
     except (AttributeError, KeyError, OSError, TypeError, ValueError, yaml.YAMLError) as e:
         raise ValueError(f"{shown(file)}: {e}\nA sweep looks like this:\n\n{SWEEP_FORMAT}") from e
@@ -92,8 +103,9 @@ def run_sweep(file: Path, place: Processes | Jobs, out: Path | None = None, fold
     every change of state. Raises ValueError before anything starts.
     """
     file, out, folder = file.resolve(), out and out.resolve(), folder.resolve()
+    sweep, preset, notebooks, runs = read_sweep(file, folder)
+    check_folder(out or folder)
     with contextlib.chdir(folder.parent):
-        sweep, preset, notebooks, runs = read_sweep(file, folder)
         out = out or folder.parent / "outputs" / "sweeps" / sweep
         rows = {name: {"run": name, "state": "waiting", "seconds": 0, **given} for name, given in runs.items()}
 
