@@ -55,6 +55,8 @@ def load_run(folder: str | Path, device: str = "") -> Run:
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} is not a finished run: expected {name} in it; train it first "
                                     "(`mtx run`, or notebooks/04_training)")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: expected cpu, for torch finds no GPU that it can use, got {device!r}")
     config = Config.load(folder / "config.json")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, metadata = load_weights(folder / "model.safetensors", config)

@@ -357,8 +357,11 @@ def start_wandb(config: Config, run_dir: Path):
             raise
         print("wandb is not installed: metrics.jsonl alone records this run")
         return None
-    return wandb.init(project="mtx", name=run_dir.name, dir=str(run_dir), mode=config.train.wandb,
-                      config=config.flat(), settings=wandb.Settings(silent=True, console="off"))
+    try:
+        return wandb.init(project="mtx", name=run_dir.name, dir=str(run_dir), mode=config.train.wandb,
+                          config=config.flat(), settings=wandb.Settings(silent=True, console="off"))
+    except wandb.errors.UsageError as e:  # online without a login
+        raise ValueError(f"parameter 'wandb': {e} Or set wandb to offline.") from e
 
 
 @contextmanager

@@ -122,7 +122,8 @@ def sound_of(page) -> tuple[str, np.ndarray, int]:
 
 
 def move_listen_and_save(page) -> None:
-    """Moves the slider by keys: the roll changes, and a new clip is as long as the music in the file that is saved."""
+    """Moves the slider by keys: the roll changes, and a new clip is as long as the music in the file that is saved. The
+    page puts the picture in its place last, so with a new one the sound is new too."""
     slider = page.locator(".mtx .widget-hslider", has_text="A to B")
     slider.wait_for()
     picture = page.locator(".mtx img").locator("visible=true").first
