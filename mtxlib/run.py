@@ -69,11 +69,12 @@ def load_run(folder: str | Path, device: str = "") -> Run:
 
 
 class Undrawn(TorchFunctionMode):
-    """Within it no module draws its first weights, for which torch's "meta" device would import a compiler (1 s)."""
+    """Within it a module draws no first weights: to draw or scale them on the device "meta" torch would import its
+    compiler, which takes longer than all else here."""
 
     def __torch_function__(self, call, types, args=(), kwargs=None):
-        if call is torch.nn.init.normal_:
-            return kwargs["tensor"]
+        if call in (torch.nn.init.normal_, torch.Tensor.mul):
+            return kwargs["tensor"] if kwargs else args[0]
         return (torch.empty if call is torch.randn else call)(*args, **kwargs or {})
 
 
@@ -132,8 +133,8 @@ class Run:
     # -- music in -----------------------------------------------------------------------------------------------------
 
     def score(self, music: Music) -> Score:
-        """Music in normal form; a window (of `cut`, or decoded) stays as it is. Raises ValueError when a voice is one the
-        tokenizer does not know."""
+        """Music in normal form; a window (of `cut`, or decoded) stays as it is. Raises ValueError when a voice is one
+        the tokenizer does not know."""
         if isinstance(music, Piece):
             score = Score(music.path)
         else:

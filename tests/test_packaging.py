@@ -58,8 +58,30 @@ def test_commands_for_people_and_for_continuous_integration():
     assert "mtx run --preset quick --out outputs/quickstart $(ARGS)" in recipes()["run"]
     assert "-m pytest" in recipes()["test"] and "--ip=127.0.0.1" in recipes()["lab"]
     script = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert "set -euo pipefail" in script and script[-2:] == ["make lint", "make test"]
+    assert "set -euo pipefail" in script
+    made = [line.split(" | ")[0] for line in script if line.startswith("make ")]
+    assert made == ["make lint", "make test", "make run"]
     assert PROJECT["scripts"] == {"mtx": "mtxlib.book.cli:main"}
+
+
+HEALTHY = """verdict             healthy
+note_f1             0.880     greedy, from z alone
+notebooks           outputs/quickstart/*.ipynb (6)
+"""
+
+
+@pytest.mark.parametrize(("table", "is_good"), [
+    (HEALTHY, True), (HEALTHY.replace("healthy", "weak"), False), (HEALTHY.replace("0.880", "0.849"), False),
+    (HEALTHY.replace("(6)", "(5)"), False), ("", False), (HEALTHY.replace("note_f1", "note_f2"), False)])
+def test_continuous_integration_checks_the_last_table(table, is_good, tmp_path):
+    """The script's last part, with a `make` that says what the run would."""
+    script = (ROOT / ".ci" / "run").read_text()
+    (tmp_path / "make").write_text(f"#!/bin/sh\ncat <<'E'\n{table}E\n")
+    (tmp_path / "make").chmod(0o755)
+    part = "set -euo pipefail\n" + script[script.index("began="):]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", part], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) == is_good and "make run took 0 s" in done.stdout
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="asks git, and this is no checkout")

@@ -77,13 +77,11 @@ def reconstruct_command(args: argparse.Namespace) -> int:
 
 
 def notes_of(file: Path, given) -> str:
-    """The notes of the file as it is, and how many of them there are in the normal form."""
+    """How many notes a file has, and `given`, its normal form, of them."""
     from symusic import Score
 
-    from mtxlib.music.readers import KINDS
-
-    own = Score(file).note_num() if KINDS.get(file.suffix.lower()) == "midi" else given.note_num()  # it has been read
-    return f"{own}" if own == given.note_num() else f"{given.note_num()} of the {own}"
+    own = Score(file) if file.suffix.lower() in (".mid", ".midi") else given  # not before it has been read safely
+    return f"{given.note_num()} of the {own.note_num()}" if own.note_num() != given.note_num() else f"{own.note_num()}"
 
 
 def app_command(args: argparse.Namespace) -> int:

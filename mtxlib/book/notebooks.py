@@ -1,17 +1,19 @@
 """The numbered notebooks, run in order through papermill.
 
 What papermill leaves open is settled here. It only warns about a misspelt parameter: `mtx` refuses it before anything
-runs. It has no resume: `<out>/.done/<notebook>.json` holds a digest of the notebook's code, its parameters and the done
-files before it, so a notebook is repeated when any of these changed, and everything after it too. It takes whichever
-`python3` kernel is registered first: here the kernel is always the Python that runs `mtx`.
+runs, and takes paths from where it was called. It has no resume: `<out>/.done/<notebook>.json` holds a digest of the
+notebook's code, its parameters, the state of the files they name and the done files before it, so a notebook is
+repeated when any of these changed or what it made is gone, and everything after it too. It takes whichever `python3`
+kernel is registered first: here the kernel is always the Python that runs `mtx`.
 """
 
 import ast
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
+import netrc
+import os
 import re
 import sys
 import time
@@ -23,8 +25,8 @@ from jupyter_client.kernelspec import KernelSpecManager
 from traitlets import Float, default
 
 from mtxlib import ROOT
-from mtxlib.config import Config, flat_names, nearest, preset_values
-from mtxlib.files import atomic_text
+from mtxlib.config import Config, archive_paths, check_value, flat_names, nearest, preset_values
+from mtxlib.files import atomic_text, locked
 
 NOTEBOOKS = ROOT / "notebooks"
 KERNEL_OPTIONS = [
@@ -33,6 +35,9 @@ KERNEL_OPTIONS = [
     "--IPKernelApp.exec_lines=import sys; sys.modules['tqdm.notebook'] = None",
 ]
 NOT_BY_DEFAULT = "07"  # 07_sweep reads the runs of a sweep
+PATHS = ("archive", "archives", "data_dir", "floor_run", "my_file", "table")  # parameters that are paths
+READ = ("archive", "archives", "my_file", "table")  # those whose files may change between two runs
+PRODUCTS = ("*.json", "*.jsonl", "*.safetensors")  # what a run folder has to keep
 SET_BY = {"preset": "--preset", "run_dir": "--out"}
 FIGURES = {  # the keys of diagnosis.json that the tables show, with their units
     "verdict": "", "delta_nll_shuffled": "nats per token", "active_units": "share of latent dimensions",
@@ -134,6 +139,12 @@ def typed(name: str, text: str | list, like: object) -> object:
     raise ValueError(f"parameter {name!r}: expected {type(like).__name__}, got {text!r}")
 
 
+def from_here(given: dict[str, str | list]) -> dict[str, str | list]:
+    """With its paths made absolute: they are meant from the folder in which the command is given."""
+    return {name: archive_paths(value, os.path.abspath) if name in PATHS and isinstance(value, str) else value
+            for name, value in given.items()}
+
+
 def plan(notebooks: list[Path], out: Path, preset: str, given: dict[str, str | list]) -> dict[Path, dict]:
     """What each notebook is passed: of preset, run_dir, the preset's values and the given ones those that it declares.
 
@@ -147,6 +158,10 @@ def plan(notebooks: list[Path], out: Path, preset: str, given: dict[str, str | l
         if name not in likes:
             raise ValueError(f"unknown parameter {name!r}: no notebook to be run declares it{nearest(name, likes)}")
     values = {name: typed(name, text, likes[name]) for name, text in given.items()}
+    for name, value in values.items():
+        check_value(name, value)
+        if name in PATHS:
+            values[name] = archive_paths(value, lambda path: shown(Path(path)))
     Config.from_flat({"preset": preset, **{name: values[name] for name in values if name in flat_names()}})
     values = {**preset_values(preset), **values, "preset": preset, "run_dir": shown(out)}
     return {path: {name: values[name] for name in names[path] if name in values} for path in notebooks}
@@ -157,10 +172,21 @@ def done_file(notebook: Path, out: Path) -> Path:
 
 
 def digest(notebook: Path, passed: dict, out: Path) -> str:
-    """Of all that the result rests on: the code, the parameters, and the done files of the notebooks before it."""
+    """Of all that the result rests on: the code, the parameters, the state of the files that these or the run's config
+    name, and the done files of the notebooks before it."""
+    from mtxlib.music.corpus import files_of
+
     code = [code for code, _ in code_cells(notebook)]
     before = [path.read_text() for path in sorted((out / ".done").glob("*.json")) if path.stem < notebook.stem]
-    return hashlib.sha256(json.dumps([code, passed, before]).encode()).hexdigest()
+    named = [passed[name] for name in READ if name in passed]
+    if "archive" not in declared(notebook) and before and (out / "config.json").exists():
+        named.append(Config.load(out / "config.json").data.archive)
+    paths: list[str] = []
+    for archive in named:
+        archive_paths(archive, paths.append)
+    files = {str(file): file.stat() for path in paths for file in files_of(Path(path))}
+    state = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items()]
+    return hashlib.sha256(json.dumps([code, passed, state, before]).encode()).hexdigest()
 
 
 def seconds_done(notebook: Path, passed: dict, out: Path) -> float | None:
@@ -168,7 +194,15 @@ def seconds_done(notebook: Path, passed: dict, out: Path) -> float | None:
     if not (done_file(notebook, out).exists() and (out / notebook.name).exists()):
         return None
     record = json.loads(done_file(notebook, out).read_text())
-    return record["seconds"] if record["digest"] == digest(notebook, passed, out) else None
+    is_whole = all((out / name).exists() for name in record["products"])
+    return record["seconds"] if is_whole and record["digest"] == digest(notebook, passed, out) else None
+
+
+def products(notebook: Path, out: Path) -> list[str]:
+    """The names of what lies in the run folder and no other notebook has made."""
+    others = [path for path in (out / ".done").glob("*.json") if path.stem != notebook.stem]
+    theirs = {name for path in others for name in json.loads(path.read_text())["products"]}
+    return sorted({path.name for pattern in PRODUCTS for path in out.glob(pattern)} - theirs)
 
 
 def run_notebooks(names: list[str], out: Path, preset: str = "quick", given: dict | None = None,
@@ -177,31 +211,47 @@ def run_notebooks(names: list[str], out: Path, preset: str = "quick", given: dic
 
     Raises ValueError before anything runs where a name or value is refused, NotebookFailed at the first failure.
     """
-    notebooks, out = find_notebooks(folder, names), Path(out).resolve()
+    notebooks, out, given = find_notebooks(folder, names), Path(out).resolve(), from_here(given or {})
     if out in [notebook.parent for notebook in notebooks]:
         raise ValueError(f"expected a run folder, got {out}: the executed copies would replace the notebooks")
+    check_folder(out)
     with contextlib.chdir(folder.resolve().parent):
-        work = plan(notebooks, out, preset, given or {})
+        work = plan(notebooks, out, preset, given)
+        if "online" in [passed.get("wandb") for passed in work.values()]:
+            check_login()
         (out / ".done").mkdir(parents=True, exist_ok=True)
-        with open(out / ".done" / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # such as the worker that a killed sweep left behind
-                print(f"waiting for another mtx run in {shown(out)}", flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if force and any(notebook.stem.startswith("04") for notebook in work):
-                (out / "state.pt").unlink(missing_ok=True)  # or training would only go on from its end
+        with locked(out / ".done" / "lock"):  # such as the worker that a killed sweep left behind
             for notebook, passed in work.items():
                 seconds = None if force else seconds_done(notebook, passed, out)
                 if seconds is not None:
                     print(f"{notebook.stem}: done already, {seconds:.0f} s saved; --force repeats it", flush=True)
                     continue
+                is_lost = done_file(notebook, out).exists() and not (out / "model.safetensors").exists()
+                if notebook.stem.startswith("04") and (force or is_lost):
+                    (out / "state.pt").unlink(missing_ok=True)  # or training would only go on from its end
                 done_file(notebook, out).unlink(missing_ok=True)
                 key, start = digest(notebook, passed, out), time.time()
                 execute(notebook, passed, out / notebook.name)
-                record = {"digest": key, "seconds": time.time() - start, "finished": time.time()}
+                record = {"digest": key, "seconds": time.time() - start, "finished": time.time(),
+                          "products": products(notebook, out)}
                 atomic_text(done_file(notebook, out), json.dumps(record))
                 print(f"{notebook.stem:<32}{record['seconds']:6.0f} s", flush=True)
+
+
+def check_folder(out: Path) -> None:
+    """Raises ValueError where there can be no folder `out`."""
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out {out}: expected a folder that can be written to, {there} is none")
+
+
+def check_login() -> None:
+    """Raises ValueError where Weights & Biases would ask for a key."""
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    if "WANDB_API_KEY" not in os.environ and not (file.exists() and netrc.netrc(file).authenticators(host)):
+        raise ValueError("parameter 'wandb': expected a login for online, found none; say `wandb login` first, or "
+                         "wandb=offline")
 
 
 def execute(notebook: Path, passed: dict, copy: Path) -> None:
@@ -235,6 +285,11 @@ def report(out: Path) -> str:
     rows = [(key, f"{f'{value:.3f}' if isinstance(value, float) else value:<10}{FIGURES[key]}")
             for key, value in figures(out).items()]
     rows = rows or [("diagnosis", f"none: {shown(out / 'diagnosis.json')} is written by 05_latent_space")]
+    seconds = {path.stem[:2]: json.loads(path.read_text())["seconds"]
+               for path in sorted((out / ".done").glob("*.json"))}
+    if seconds:
+        spent = ", ".join(f"{number}: {took:.0f}" for number, took in seconds.items())
+        rows.append(("seconds", f"{f'{sum(seconds.values()):.0f}':<10}{spent}"))
     rows += [("notebooks", f"{shown(out)}/*.ipynb ({len(list(out.glob('*.ipynb')))})"),
              ("MIDI", f"{shown(out)}/samples/*.mid ({len(list(out.glob('samples/*.mid')))})"),
              ("checkpoint", f"{shown(out)}/model.safetensors" if (out / "model.safetensors").exists() else "none")]

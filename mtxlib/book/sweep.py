@@ -12,8 +12,9 @@ from pathlib import Path
 
 import yaml
 
+from mtxlib.book import notebooks as books
 from mtxlib.book.cluster import Jobs, Processes
-from mtxlib.book.notebooks import FIGURES, NOTEBOOKS, declared, figures, find_notebooks, plan, seconds_done, shown
+from mtxlib.book.notebooks import FIGURES, NOTEBOOKS, find_notebooks, plan, shown
 from mtxlib.config import nearest
 from mtxlib.files import atomic_text
 
@@ -39,14 +40,14 @@ def read_sweep(file: Path, folder: Path) -> tuple[str, str, list[Path], dict[str
         if len(kinds := {"grid", "list", "random"} & set(spec)) != 1:
             raise ValueError(f"expected one of grid, list and random, got {' and '.join(kinds) or 'none'}")
         notebooks, preset, runs = find_notebooks(folder, spec.get("notebooks", [])), spec.get("preset", "quick"), {}
-        likes = {name: like for path in notebooks for name, like in declared(path).items()}
+        likes = {name: like for path in notebooks for name, like in books.declared(path).items()}
         for given in points(*kinds, spec[min(kinds)], likes):
             name = given.pop("name", "")
             said = (f"{key}={value if isinstance(value, str) else '+'.join(value)}" for key, value in given.items())
             name = folder_name(name or ",".join(said))
             if name in runs and "random" not in kinds:  # a repeated draw is no mistake, one run does for both
                 raise ValueError(f"two runs are called {name!r}")
-            runs[name] = {**spec.get("params", {}), **given}
+            runs[name] = books.from_here({**spec.get("params", {}), **given})
             plan(notebooks, file, preset, runs[name])  # refuses what no notebook can take
     except (AttributeError, KeyError, OSError, TypeError, ValueError, yaml.YAMLError) as e:
         raise ValueError(f"{shown(file)}: {e}\nA sweep looks like this:\n\n{SWEEP_FORMAT}") from e
@@ -92,16 +93,17 @@ def run_sweep(file: Path, place: Processes | Jobs, out: Path | None = None, fold
     every change of state. Raises ValueError before anything starts.
     """
     file, out, folder = file.resolve(), out and out.resolve(), folder.resolve()
+    sweep, preset, notebooks, runs = read_sweep(file, folder)
+    books.check_folder(out or folder)
     with contextlib.chdir(folder.parent):
-        sweep, preset, notebooks, runs = read_sweep(file, folder)
         out = out or folder.parent / "outputs" / "sweeps" / sweep
         rows = {name: {"run": name, "state": "waiting", "seconds": 0, **given} for name, given in runs.items()}
 
         def look(name: str, otherwise: str) -> None:
             work = plan(notebooks, out / name, preset, runs[name])
-            spent = [seconds_done(notebook, passed, out / name) for notebook, passed in work.items()]
+            spent = [books.seconds_done(notebook, passed, out / name) for notebook, passed in work.items()]
             rows[name] |= {"state": otherwise if None in spent else "done",
-                           "seconds": round(sum(seconds or 0 for seconds in spent)), **figures(out / name)}
+                           "seconds": round(sum(seconds or 0 for seconds in spent)), **books.figures(out / name)}
 
         for name in runs:
             look(name, "waiting")

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from mtxlib.config import PAD, Config
 from mtxlib.data.store import Batch, TokenDropout, TokenStore, epoch_batches
-from mtxlib.files import append, atomic, atomic_text, brief
+from mtxlib.files import append, atomic, atomic_text, brief, locked
 from mtxlib.model.likelihood import Measured, measure
 from mtxlib.model.losses import (
     Terms,
@@ -62,7 +62,10 @@ def train(config: Config, run_dir: str | Path, device: str = "",
     Raises FileNotFoundError without a token store, FloatingPointError when the loss is no longer a number, ValueError
     when run_dir holds another configuration's checkpoint.
     """
-    return Trainer(config, Path(run_dir), device, on_validate).run()
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    with locked(Path(run_dir) / ".lock") if is_first else nullcontext():
+        return Trainer(config, Path(run_dir), device, on_validate).run()
 
 
 class Trainer:
@@ -380,8 +383,11 @@ def start_wandb(config: Config, run_dir: Path):
             raise
         print("wandb is not installed: metrics.jsonl alone records this run")
         return None
-    return wandb.init(project="mtx", name=run_dir.name, dir=str(run_dir), mode=config.train.wandb,
-                      config=config.flat(), settings=wandb.Settings(silent=True, console="off"))
+    try:
+        return wandb.init(project="mtx", name=run_dir.name, dir=str(run_dir), mode=config.train.wandb,
+                          config=config.flat(), settings=wandb.Settings(silent=True, console="off"))
+    except wandb.errors.UsageError as e:  # online without a login
+        raise ValueError(f"parameter 'wandb': {e} Or set wandb to offline.") from e
 
 
 @contextmanager
@@ -408,6 +414,8 @@ def main() -> int:
     parser.add_argument("config", type=Path, help="outputs/<run>/config.json; the run folder is where it lies")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1 …; the GPU if there is one")
     args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: expected a GPU that torch can use, found none")
     if "LOCAL_RANK" in os.environ:  # torchrun
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -223,7 +223,7 @@ def test_a_sweep_in_the_background(sweep_of, tmp_path):
     wait_for(lambda: len(ours.starts("slow")) == 2)
     assert "1 jobs go on without this command" in ours.ctrl_c()
     ours.start()
-    wait_for(lambda: "waiting for another mtx run" in (ours.out / "slow" / "log.txt").read_text())
+    wait_for(lambda: "waiting for another process at work" in (ours.out / "slow" / "log.txt").read_text())
     (tmp_path / "go").touch()
     status, said = ours.end()
     assert status == 1 and ours.table() == {"quick": "done", "bad": "failed", "slow": "done"}, said

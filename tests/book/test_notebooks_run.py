@@ -15,7 +15,7 @@ import nbformat
 import papermill
 import pytest
 import yaml
-from symusic import Score
+from symusic import Note, Score, Track
 
 from mtxlib import ROOT
 from mtxlib.book import cli, notebooks
@@ -58,7 +58,73 @@ def folder(tmp_path):
     return tmp_path / "notebooks"
 
 
+def record(folder: Path, out: Path, stem: str, passed: dict) -> dict:
+    """As `run_notebooks` notes a notebook that is done."""
+    notebook = folder / f"{stem}.ipynb"
+    (out / ".done").mkdir(parents=True, exist_ok=True)
+    (out / notebook.name).touch()
+    entry = {"digest": notebooks.digest(notebook, passed, out), "seconds": 1.0,
+             "products": notebooks.products(notebook, out)}
+    notebooks.done_file(notebook, out).write_text(json.dumps(entry))
+    return entry
+
+
 # Without a kernel
+
+
+def test_a_changed_source_and_lost_products_are_to_do_again(tmp_path):
+    folder, out, music = tmp_path / "notebooks", tmp_path / "out", tmp_path / "music"
+    make(folder, "04_training", DEFAULTS + '\narchive: str = ""')
+    make(folder, "05_latent", DEFAULTS)
+    music.mkdir()
+    (music / "a.mid").write_text("a")
+    passed = {"archive": str(music)}
+
+    def is_done():
+        given = {"04_training": passed, "05_latent": {}}
+        return [notebooks.seconds_done(folder / f"{stem}.ipynb", given[stem], out) is not None for stem in given]
+
+    def do():
+        (out / ".done").mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps({"data": {"archive": str(music)}}))
+        (out / "model.safetensors").touch()
+        assert record(folder, out, "04_training", passed)["products"] == ["config.json", "model.safetensors"]
+        (out / "diagnosis.json").touch()
+        assert record(folder, out, "05_latent", {})["products"] == ["diagnosis.json"]
+        assert is_done() == [True, True]
+
+    do()
+    (music / "b.mid").write_text("b")
+    assert is_done() == [False, False]
+    do()
+    (music / "a.mid").write_text("another")
+    assert is_done() == [False, False]
+    do()
+    (out / "diagnosis.json").unlink()
+    assert is_done() == [True, False]
+    do()
+    (out / "model.safetensors").unlink()
+    assert is_done() == [False, True]  # 05 follows, since the done file before it will be another
+    do()
+    (out / "samples.mid").touch()
+    (out / "samples.mid").unlink()
+    assert is_done() == [True, True]
+
+
+def test_paths_are_those_of_the_folder_in_which_the_command_is_given(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    given = notebooks.from_here({"archive": "music", "archives": "jsb=../b.json", "table": "/t.csv", "my_file": "",
+                                 "seed": "3"})
+    assert given == {"archive": str(tmp_path / "elsewhere" / "music"), "archives": f"jsb={tmp_path / 'b.json'}",
+                     "table": "/t.csv", "my_file": "", "seed": "3"}
+    make(tmp_path / "notebooks", "01_data", DEFAULTS + '\narchive: str = ""')
+    sweep(tmp_path, "list: [{archive: music}]")
+    assert runs(tmp_path / "ablation.yaml", tmp_path / "notebooks") == {"archive=music": {"archive": given["archive"]}}
+    monkeypatch.chdir(tmp_path)
+    [passed] = notebooks.plan([tmp_path / "notebooks" / "01_data.ipynb"], tmp_path / "out", "tiny",
+                              {"archive": given["archive"]}).values()
+    assert passed["archive"] == "elsewhere/music"  # so that executed notebooks hold no machine's paths
 
 
 def test_declared_gives_typed_defaults(folder):
@@ -116,8 +182,14 @@ def test_plan_passes_what_each_notebook_declares(folder, monkeypatch):
     ("wandb=on", "mtx: parameter 'wandb': expected one of off, offline, online, got 'on'"),
     ("preset=tiny", "mtx: parameter 'preset' is set by --preset"),
     ("steps", "mtx: parameter 'steps': expected int, got ''"),
+    ("lr=nan", "mtx: parameter 'lr': expected a finite number, got nan"),
+    ("rates=[inf]", "mtx: parameter 'rates': expected a finite number, got [inf]"),
+    ("wandb=online", "mtx: parameter 'wandb': expected a login for online, found none; say `wandb login` first, or "
+                     "wandb=offline"),
 ])
-def test_run_refuses_before_anything_runs(folder, tmp_path, capsys, given, message):
+def test_run_refuses_before_anything_runs(folder, tmp_path, capsys, given, message, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     args = ["run", "--notebooks", str(folder), "--out", str(tmp_path / "out"), "-p", given]
     assert cli.main(args) == 2
     assert capsys.readouterr().err.strip() == message
@@ -132,6 +204,23 @@ def test_unknown_preset_notebook_and_unfit_folder_are_refused(folder, tmp_path, 
     assert "expected one notebook for '03', got none" in capsys.readouterr().err
     assert cli.main(["run", *common[:2], "--out", str(folder)]) == 2
     assert "the executed copies would replace the notebooks" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for command in (["run", *common[:2]], ["sweep", str(sweep(tmp_path, "grid: {lr: [1]}")), *common[:2]]):
+        for out in (tmp_path / "file", tmp_path / "file" / "below"):
+            assert cli.main([*command, "--out", str(out)]) == 2
+            assert f"--out {out}: expected a folder that can be written to" in capsys.readouterr().err
+
+
+def test_a_login_is_found_where_wandb_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret")
+    notebooks.check_login()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    with pytest.raises(ValueError, match="expected a login"):
+        notebooks.check_login()
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    notebooks.check_login()
 
 
 def test_find_notebooks(folder):
@@ -150,6 +239,14 @@ def test_log_shows_a_bar_now_and_then_and_every_line(capsys):
     stream.write("\n")
     stream.write("a warning\n  of two lines\n")
     assert capsys.readouterr().err == "training 0\na warning\n  of two lines\n"
+
+
+def test_report_says_where_the_time_went(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / ".done").mkdir(parents=True)
+    for stem, seconds in (("04_training", 200.4), ("01_data", 9.0)):
+        (tmp_path / "out" / ".done" / f"{stem}.json").write_text(json.dumps({"seconds": seconds}))
+    assert "seconds             209       01: 9, 04: 200\n" in notebooks.report(tmp_path / "out")
 
 
 def test_report_shows_figures_and_bears_their_absence(tmp_path, monkeypatch):
@@ -216,6 +313,41 @@ def test_reconstruct_refuses_in_one_sentence(file, out, message, run_dir, tmp_pa
     (tmp_path / "text.mid").write_text("no music")
     assert cli.main(["reconstruct", str(tmp_path / file), str(tmp_path / out), "--run", str(run_dir)]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / out).exists()
+
+
+def test_reconstruct_never_overwrites_what_it_reads_and_asks_first(pieces, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "own.mid"
+    own.write_bytes(pieces[0].path.read_bytes())
+    (tmp_path / "link.mid").symlink_to(own)
+    (tmp_path / "folder.mid").mkdir()
+    for out, message in (("own.mid", "is the file to be read"), ("link.mid", "is the file to be read"),
+                         ("folder.mid/../own.mid", "is the file to be read"),
+                         ("folder.mid", "expected a file's name in a folder that is there"),
+                         ("missing/out.mid", "expected a file's name in a folder that is there")):
+        assert cli.main(["reconstruct", str(own), out, "--run", "no run"]) == 2
+        assert message in capsys.readouterr().err and own.read_bytes() == pieces[0].path.read_bytes()
+    for temperature in ("-1", "nan"):
+        assert cli.main(["reconstruct", "own.mid", "out.mid", "--run", "no run", "--temperature", temperature]) == 2
+        assert "parameter 'temperature': expected" in capsys.readouterr().err
+
+
+def test_the_notes_that_are_counted_are_those_of_the_file(tmp_path):
+    from mtxlib.music.readers import read_score
+
+    score = Score(480)
+    score.tracks.append(Track("", 0, False))
+    score.tracks[0].notes.extend([Note(60 * i, 60, 60 + i % 2 * 7, 80) for i in range(64)])  # 32nds
+    score.dump_midi(tmp_path / "a.mid")
+    normal = read_score(tmp_path / "a.mid")
+    assert cli.notes_of(tmp_path / "a.mid", score) == "64"
+    assert cli.notes_of(tmp_path / "a.mid", normal) in ("64", f"{normal.note_num()} of the 64")
+
+
+def test_the_shipped_run_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (["app"], ["reconstruct", "a.mid", "b.mid"]):
+        assert (cli.parser().parse_args(command).run / "model.safetensors").exists()
 
 
 

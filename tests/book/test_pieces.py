@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from symusic import Score
 
 import mtxlib
@@ -52,3 +53,9 @@ def test_the_shipped_run_has_pieces_and_their_licence():
 
 def test_the_config_knows_the_sources_of_the_corpus():
     assert set(SOURCES) == set(TASKS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_told(run_dir):
+    with pytest.raises(ValueError, match="device: expected cpu, for torch finds no GPU that it can use, got 'cuda:1'"):
+        load_run(run_dir, "cuda:1")

@@ -1,5 +1,6 @@
 """The widgets without a browser: a value that is set calls what a hand on the slider would."""
 
+import json
 import shutil
 from datetime import datetime
 
@@ -203,8 +204,16 @@ def test_a_key_is_chosen_when_the_page_opens(own, pieces):
     assert c.key.index == 0 and c.key.label == "that of the beginning, or any"
 
 
-def test_the_page_of_the_app_says_why_there_is_nothing(own, tmp_path):
+def unreachable(*args, **kwargs):
+    raise OSError("no network")
+
+
+def test_the_page_of_the_app_says_why_there_is_nothing(own, tmp_path, monkeypatch):
     assert isinstance(widgets.app(str(own.folder)), type(widgets.play(own, own.pieces("train"))))
+    config = own.config.replace(source="jsfakes", archive="", data_dir=str(tmp_path / "data"))
+    (own.folder / "config.json").write_text(json.dumps(config.to_dict()))
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    assert "jsfakes: could not download" in widgets.app(str(own.folder)).value
     (own.folder / "model.safetensors").unlink()
     assert "is not a finished run: expected model.safetensors" in widgets.app(str(own.folder)).value
 
