@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pop909 import read_song
 from symusic import Score
 
 from mtxlib.data.tokens import Codec, make_tokenizer
-from mtxlib.music.pop909 import read_song
 from mtxlib.music.score import bar_starts, cut, join, normalise, window_bars
 
 MOVED = 1 / 16 + 1e-6  # quarters: a 64th

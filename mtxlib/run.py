@@ -138,8 +138,9 @@ class Run:
         if isinstance(music, Piece):
             score = Score(music.path)
         else:
-            score = music if isinstance(music, Score) else read_safely(music)
-            score = normalise(score) if end_of(score) is None else score
+            form = self.config.data.form
+            score = music if isinstance(music, Score) else read_safely(music, **form)
+            score = normalise(score, **form) if end_of(score) is None else score
         known = set(self.codec.tokenizer.config.programs)
         alien = sorted({-1 if t.is_drum else t.program for t in score.tracks if len(t.notes)} - known)
         if alien:
@@ -326,7 +327,7 @@ class Run:
         own = not source or source == data.source
         archive = archive or (archive_paths(data.archive, ROOT.joinpath) if own else "")
         pieces = load_corpus(source or data.source, ROOT / data.data_dir, archive=archive,
-                             limit=data.limit if own else 0)
+                             limit=data.limit if own else 0, form=data.form)
         return [p for p in pieces if p.split == split]
 
     def keep_pieces(self, pieces: list[Piece], most: int = 12) -> None:
