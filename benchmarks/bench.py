@@ -10,7 +10,8 @@ there is a baseline, it takes turns with what is measured. The baselines are sma
 - training: `Textbook`, the encoder–decoder of Vaswani 2017 as plain PyTorch has it, `nn.Transformer` with as many
   layers, heads and channels, AdamW, the same windows in random order and padded to the longest of a batch. It has no
   latent: it reads the window and writes it again. It runs with bf16 autocast, where ours does, and in fp32; the faster
-  of the two counts.
+  of the two counts. Model FLOPs utilisation on a CPU is against the best rate of a matmul in the same minutes.
+- training beside a busy process: training alone, and both with OpenMP's own waiting policy.
 - generation: `next_uncached`, which runs the model over all that is written so far, for each token.
 - token dropout: `drop_one_by_one`, a loop over the tokens.
 
@@ -19,6 +20,7 @@ first 100 of Bach's chorales, and the line below the table says so.
 """
 
 import argparse
+import copy
 import io
 import json
 import multiprocessing
@@ -35,8 +37,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,15 +48,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mtxlib.config import BOS, EOS, MASK, N_SPECIAL, PAD, Config, ModelConfig
+from mtxlib.config import EOS, MASK, N_SPECIAL, PAD, Config, ModelConfig
 from mtxlib.data.store import Grammar, SlotTable, TokenDropout, TokenStore
 from mtxlib.data.tokens import build_store
 from mtxlib.files import atomic_text
-from mtxlib.latent.decode import decode, prior_latents
-from mtxlib.model.optim import autocast_for
+from mtxlib.latent.decode import Place, decode, prior_latents
+from mtxlib.model.optim import explain, matmul_rate
 from mtxlib.model.train import Trainer
 from mtxlib.model.vae import MusicVAE
 from mtxlib.music.corpus import Piece, load_corpus
+from mtxlib.processes import share_cores
 from mtxlib.run import load_run
 
 # Dense bf16 TFLOP/s of a GPU whose name holds the key, the first that fits: NVIDIA's data sheets, whose figures "with
@@ -61,8 +65,7 @@ from mtxlib.run import load_run
 PEAKS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0,
          "A10G": 70.0, "A10": 125.0}
 NEW_TOKENS, GPU_STEPS = 256, 20
-SMALL = {"preset": "quick", "d_model": 128, "enc_layers": 2, "dec_layers": 2, "batch_size": 32}
-REFERENCE = {"preset": "reference"}
+QUICK, REFERENCE = {"preset": "quick"}, {"preset": "reference"}
 LARGE = {"preset": "reference", "d_model": 768, "n_heads": 12, "enc_layers": 6, "dec_layers": 6, "batch_size": 256}
 
 
@@ -179,6 +182,12 @@ class OurTrainer:
         self.lengths += (batch.ids != PAD).sum(1).tolist()
         return int((batch.ids[:, 1:] != PAD).sum())
 
+    def flops_per_token(self) -> float:
+        """Of the windows since it was last asked."""
+        model, lengths, self.lengths = self.trainer.model, self.lengths, []
+        done = sum(window_flops(model.config, model.vocab_size, model.bottleneck.rows, n) for n in lengths)
+        return done / sum(n - 1 for n in lengths)
+
 
 def tokens_per_second(step: Callable[[], int], steps: int) -> float:
     tokens = []
@@ -187,7 +196,7 @@ def tokens_per_second(step: Callable[[], int], steps: int) -> float:
 
 
 def training(setting: Setting) -> Iterator[Row]:
-    for name, dials in (("reference size", REFERENCE), ("2+2 layers, width 128", SMALL)):
+    for name, dials in (("reference size", REFERENCE), ("quick size", QUICK)):
         config = Config.from_flat({**dials, "store": setting.config.data.store, "wandb": "off"})
         with tempfile.TemporaryDirectory() as folder:
             ours = OurTrainer(config, folder)
@@ -195,16 +204,65 @@ def training(setting: Setting) -> Iterator[Row]:
                 tokens_per_second(ours.step, 4)
                 yield Row("peak memory, training alone, reference size", "GB", [peak_memory()])
             device, autocast = ours.trainer.device, ours.trainer.autocast
+            dtype = torch.float32 if autocast is nullcontext else torch.bfloat16
             theirs = [TextbookTrainer(config, ours.trainer.store, device, precision)
                       for precision in dict.fromkeys((autocast, nullcontext))]
-            steps = [trainer.step for trainer in (ours, *theirs)]
-            for step in steps:
-                step()
-            rates, *baselines = take_turns(5, *(lambda step=step: tokens_per_second(step, 4) for step in steps))
+            for trainer in (ours, *theirs):
+                trainer.step()
+            ours.flops_per_token()
+            matmul = partial(matmul_rate, device.type, dtype, 1024)
+            best, rates, *baselines = take_turns(
+                5, matmul, *(partial(tokens_per_second, trainer.step, 4) for trainer in (ours, *theirs)))
         baseline = max(baselines, key=statistics.median)
         kind = "bf16" if len(baselines) > 1 and baseline is baselines[0] else "fp32"
-        yield Row(f"training, {name}", "tokens/s", rates, baseline, at_least=1.3,
+        yield Row(f"training, {name}", "tokens/s", rates, baseline, at_least=2.5,
                   note=f"nn.Transformer in {kind}, its faster precision here")
+        if device.type == "cpu":
+            flops = ours.flops_per_token()
+            yield Row(f"CPU utilisation, {name}", "FLOP/s", [rate * flops for rate in rates], best, at_least=0.5,
+                      note=f"of its own matmuls of 1024² in {dtype}".replace("torch.", ""))
+
+
+# -- a shared machine -------------------------------------------------------------------------------------------------
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def quiet_and_beside(config: Config) -> tuple[list[float], list[float]]:
+    """Tokens a second of training alone, and beside one busy process."""
+    with tempfile.TemporaryDirectory() as folder:
+        ours = OurTrainer(config, folder)
+        ours.step()
+
+        def beside() -> float:
+            with busy_process():
+                return tokens_per_second(ours.step, 4)
+
+        quiet_rates, rates = take_turns(5, lambda: tokens_per_second(ours.step, 4), beside)
+    return quiet_rates, rates
+
+
+def shared(setting: Setting) -> Iterator[Row]:
+    """OpenMP reads its waiting policy when it is loaded, so each has a process of its own."""
+    config, found = Config.from_flat({**QUICK, "store": setting.config.data.store, "wandb": "off"}), []
+    ours = os.environ.get("GOMP_SPINCOUNT", "300000")
+    for spins in (ours, "300000"):
+        os.environ["GOMP_SPINCOUNT"] = spins
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found.append(pool.submit(quiet_and_beside, config).result())
+    os.environ["GOMP_SPINCOUNT"] = ours
+    (alone, beside), (alone_before, beside_before) = found
+    yield Row("training beside a busy process, to alone", "tokens/s", beside, alone, at_least=0.45,
+              note=f"quick size, {os.cpu_count()} cores")
+    yield Row("training beside a busy process, to OpenMP's own waiting", "tokens/s", beside, beside_before)
+    yield Row("training alone, to OpenMP's own waiting", "tokens/s", alone, alone_before, at_least=0.97)
 
 
 # -- flops ------------------------------------------------------------------------------------------------------------
@@ -238,13 +296,9 @@ def gpu(setting: Setting) -> Iterator[Row]:
             with tempfile.TemporaryDirectory() as folder:
                 ours = OurTrainer(config, folder)
                 rates, flops = [], []
-                model = ours.trainer.model
                 for _ in range(6):
-                    ours.lengths.clear()
                     rates.append(tokens_per_second(ours.step, GPU_STEPS))
-                    done = sum(window_flops(config.model, model.vocab_size, model.bottleneck.rows, n)
-                               for n in ours.lengths)
-                    flops.append(done / sum(n - 1 for n in ours.lengths) * rates[-1] / 1e12)
+                    flops.append(ours.flops_per_token() * rates[-1] / 1e12)
             what = f"{size}, bf16{', compiled' if compiled else ''}"  # the first of six warms up and compiles
             yield Row(f"GPU training, {what}", "tokens/s", rates[1:], note=f"{name}, batch {config.train.batch_size}")
             yield Row(f"GPU utilisation, {what}", "TFLOP/s", flops[1:], [peak] if peak else [],
@@ -259,33 +313,36 @@ class Endless(Grammar):
     def __init__(self, grammar: Grammar):
         self.__dict__.update(grammar.__dict__)
 
-    def allows(self, previous: Tensor, clock: Tensor) -> Tensor:
-        allowed = super().allows(previous, clock)
+    def allows(self, *place) -> np.ndarray:
+        allowed = super().allows(*place)
         allowed[:, EOS] = False
-        allowed |= ~allowed.any(1, keepdim=True)
+        allowed |= ~allowed.any(1, keepdims=True)
         allowed[:, EOS] = False
         return allowed
 
 
-def prefixes(table: SlotTable, ids: Tensor, every: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What decoding ids (B, T) asks of a model without a cache: ids (B, t), their slots, and the clock before the last
+def prefixes(table: SlotTable, grammar: Grammar, ids: Tensor, every: int = 1) -> Iterator[tuple[Tensor, Tensor, Place]]:
+    """What decoding ids (B, T) asks of a model without a cache: ids (B, t), their slots, and the place before the last
     of them, for one in `every` t."""
-    slots, clock = table.slots(ids), table.start(len(ids))
+    slots, place = table.slots(ids), Place(table, grammar, len(ids))
     for t in range(1, ids.shape[1]):
         if t % every == every // 2:
-            yield ids[:, :t], slots[:, :t], clock
-        clock, _ = table.advance(clock, ids[:, t - 1])
+            yield ids[:, :t], slots[:, :t], place
+            place = copy.copy(place)
+            place.begun = copy.deepcopy(place.begun)
+        place.read(ids[:, t - 1].numpy())
 
 
 @torch.no_grad()
-def next_uncached(model: MusicVAE, table: SlotTable, z: Tensor, grammar: Grammar, ids: Tensor, slots: Tensor,
-                  clock: Tensor) -> Tensor:
+def next_uncached(model: MusicVAE, z: Tensor, ids: Tensor, slots: Tensor, place: Place) -> Tensor:
     """Greedy: the ids (B,) after ids (B, t), from z (B, S, C) and the whole prefix."""
-    clock, _ = table.advance(clock, ids[:, -1])
+    place = copy.copy(place)
+    place.begun = copy.deepcopy(place.begun)
+    place.read(ids[:, -1].numpy())
     is_live = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
     logits = model.decode(ids.to(z.device), slots.to(z.device), z, is_live)[:, -1]
-    logits[:, [PAD, BOS, MASK]] = -torch.inf
-    return logits.masked_fill(~grammar.allows(ids[:, -1], clock).to(z.device), -torch.inf).argmax(-1).cpu()
+    forbidden = torch.from_numpy(place.forbids(logits.shape[1])).to(z.device)
+    return logits.masked_fill(forbidden, -torch.inf).argmax(-1).cpu()
 
 
 def generation(setting: Setting) -> Iterator[Row]:
@@ -299,10 +356,10 @@ def generation(setting: Setting) -> Iterator[Row]:
         def cached(z=z):
             return decode(run.model, table, z, max_tokens=NEW_TOKENS + 1, grammar=grammar)
 
-        asked = list(prefixes(table, torch.tensor(cached()), every))
+        asked = list(prefixes(table, grammar, torch.tensor(cached()), every))
 
         def uncached(z=z, asked=asked):
-            return [next_uncached(run.model, table, z, grammar, *prefix) for prefix in asked]
+            return [next_uncached(run.model, z, *prefix) for prefix in asked]
 
         took, took_uncached = take_turns(3, lambda f=cached: seconds(f), lambda f=uncached: seconds(f))
         rates = [batch * NEW_TOKENS / t for t in took]
@@ -406,7 +463,7 @@ def widget(setting: Setting) -> Iterator[Row]:
 
 # -- all of it --------------------------------------------------------------------------------------------------------
 
-BENCHES = {f.__name__: f for f in (training, gpu, generation, dropout, codec, corpus, widget)}
+BENCHES = {f.__name__: f for f in (training, shared, gpu, generation, dropout, codec, corpus, widget)}
 
 
 def quiet():
@@ -435,7 +492,15 @@ def machine() -> dict:
             "system": f"{platform.system()} {platform.machine()}",
             "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None, "python": platform.python_version(),
             "torch": torch.__version__, "threads": torch.get_num_threads(),
-            "bf16": autocast_for("auto", device) is not nullcontext}
+            "precision": explain("auto", device),
+            "matmuls": {name: round(matmul_rate(device.type, dtype, 1024) / 1e9) for name, dtype in
+                        (("bf16", torch.bfloat16), ("fp32", torch.float32))}}  # GFLOP/s
+
+
+def is_same(machine: dict, other: dict) -> bool:
+    """But for what is measured of it, which no two runs find alike."""
+    a, b = ({k: v for k, v in x.items() if k not in ("precision", "matmuls")} for x in (machine, other))
+    return a == b
 
 
 def music(archive: str, data_dir: str) -> tuple[Config, list[Piece]]:
@@ -477,10 +542,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/reference/bench.json"))
     args = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
+    share_cores()  # for the processes to come
     config, pieces = music(args.archive, args.data_dir)
     setting = Setting(config, [p for p in pieces if p.split == "test"], args.run)
     here, rows = {**machine(), "music": f"{len(pieces)} pieces of {config.data.source}"}, []
-    if args.out.exists() and (before := json.loads(args.out.read_text()))["machine"] == here:
+    if args.out.exists() and is_same(here, (before := json.loads(args.out.read_text()))["machine"]):
         rows = [row for row in before["rows"] if row["bench"] not in args.only]
     for name in args.only:
         if name == "gpu" and not torch.cuda.is_available():

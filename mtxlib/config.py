@@ -6,6 +6,9 @@ run: `Config.from_flat({"preset": "quick", "beta_max": 0.5})`. An unknown name f
 
 import difflib
 import json
+import math
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -16,12 +19,20 @@ class DataConfig:
     archive: str = ""  # local zip, folder or file to read instead of downloading; the tree of MIDI for `folder`
     data_dir: str = "data"  # where corpora and token stores are cached
     limit: int = 0  # read only the first pieces of each source; 0 reads all
-    tokenizer: str = "REMI"  # MidiTok tokenizer: REMI, TSD or MMM
+    grid: int = 4  # positions a quarter that notes go to: 4 (16ths), 8 (32nds), 12 (16ths and triplets) or 24
+    velocities: int = 0  # loudnesses told apart; 0: none, all notes are alike
+    tempos: int = 0  # tempos told apart, at equal ratios; 0: a piece's first one only, which the tokens do not say
+    pedal: bool = False  # notes sound on while the sustain pedal is down
     bpe_vocab: int = 600  # vocabulary size after BPE, learned on the training split; 0 uses no BPE
     n_bars: int = 4  # bars a window
     hop: int = 1  # bars between the starts of two training windows
     transpose: bool = True  # store the training windows in twelve keys, -5 to +6 semitones
     store: str = ""  # folder of the token store; filled in by the tokenization
+
+    @property
+    def form(self) -> dict:
+        """The dials of `music.score.normalise`, as `load_corpus` and the readers take them."""
+        return {"grid": self.grid, "velocities": self.velocities, "tempos": self.tempos, "pedal": self.pedal}
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class ModelConfig:
     tie_weights: bool = True  # the output layer shares the decoder's embedding
     bottleneck: str = "rows"  # conv, linear1d, linear2d, rows or none
     variational: bool = True  # False: a plain autoencoder, z is mu and there is no KL
+    prior: str = "normal"  # what z comes from: normal, N(0, I), or joint, a prior over rows that learns along
     rows_per_bar: int = 4  # rows bottleneck: latent rows a bar (1 bar, 2 half bars, 4 beats)
     latent_channels: int = 16  # C, channels of a latent row
     conv_stride: int = 8  # conv bottleneck: tokens a latent row, a power of two
@@ -63,7 +75,7 @@ class TrainConfig:
     dropout_kind: str = "mask"  # replace by the mask token, or by a random token
     spare_structure: bool = True  # token dropout leaves tokens that are bar or position only; BPE leaves few
     ema: float = 0.0  # decay of the moving average of the weights; 0 turns it off
-    precision: str = "auto"  # auto (bf16 where it helps), bf16 or fp32
+    precision: str = "auto"  # auto (bf16 where this machine multiplies faster in it), bf16 or fp32
     compile: bool = False  # torch.compile the model
     eval_every: int = 200  # steps between validations
     eval_windows: int = 256  # validation windows per validation, drawn once
@@ -121,7 +133,10 @@ class Config:
         unknown = set(nested) - {"data", "model", "train"}
         if unknown:
             raise ValueError(f"unknown section {sorted(unknown)[0]!r}: expected data, model and train")
-        return cls.from_flat({k: v for part in nested.values() for k, v in part.items()})
+        values = {k: v for part in nested.values() for k, v in part.items()}
+        if (tokenizer := values.pop("tokenizer", "REMI")) != "REMI":  # a dial of earlier runs
+            raise ValueError(f"parameter 'tokenizer': expected REMI, the only one left, got {tokenizer!r}: train again")
+        return cls.from_flat(values)
 
     @classmethod
     def load(cls, path: str | Path) -> "Config":
@@ -145,10 +160,12 @@ PAD, BOS, EOS, MASK = 0, 1, 2, 3  # ids of the special tokens, the same in every
 N_SPECIAL = 4
 SLOTS_PER_BAR = 16  # sixteenths, the grid on which tokens are placed
 PARTS = (DataConfig, ModelConfig, TrainConfig)
+SOURCES = ("bach", "jsfakes", "jsb", "folder")
+SPLITS = ("train", "valid", "test")
 CHOICES = {
-    "tokenizer": ("REMI", "TSD", "MMM"),
     "bottleneck": ("conv", "linear1d", "linear2d", "rows", "none"),
     "condition": ("cross", "in", "both"),
+    "prior": ("normal", "joint"),
     "optimizer": ("muon", "adamw"),
     "recon_scale": ("sequence", "token"),
     "beta_schedule": ("constant", "linear", "cyclical", "rate"),
@@ -156,11 +173,18 @@ CHOICES = {
     "precision": ("auto", "bf16", "fp32"),
     "wandb": ("off", "offline", "online"),
     "rows_per_bar": (1, 2, 4),
+    "grid": (4, 8, 12, 24),
+    "split": SPLITS,
 }
+# what a value may be, by its name: of these dials, and of the notebooks' own parameters
 POSITIVE = ("n_bars", "hop", "d_model", "enc_layers", "dec_layers", "n_heads", "latent_channels", "conv_stride",
-            "max_tokens", "steps", "batch_size", "accumulate", "lr", "grad_clip", "eval_every", "eval_windows")
-NOT_NEGATIVE = ("limit", "bpe_vocab", "lr_warmup", "weight_decay", "beta_max", "beta_warmup", "free_bits",
-                "target_rate", "target_start", "patience", "threads")
+            "max_tokens", "steps", "batch_size", "accumulate", "lr", "grad_clip", "eval_every", "eval_windows",
+            "show_bars", "steps_between", "pairs", "pair_steps", "attribute_windows", "prior_steps", "long_bars",
+            "judged_pieces", "judged_bars", "top_p")
+NOT_NEGATIVE = ("limit", "bpe_vocab", "velocities", "tempos", "lr_warmup", "weight_decay", "beta_max", "beta_warmup",
+                "free_bits", "target_rate", "target_start", "patience", "threads", "seed", "temperature",
+                "sample_temperature", "examples", "saved", "samples")
+AT_MOST_1 = ("top_p",)
 SHARES = ("dropout", "dec_token_dropout", "enc_token_dropout", "ema")
 
 
@@ -188,17 +212,40 @@ def typed(f, value):
     return value
 
 
+def archive_paths(archive: str, change: Callable[[str], object]) -> str:
+    """`archive` with each of its paths changed: it is one, or several as in "jsfakes=a.zip,jsb=b.json"."""
+    parts = re.split(f"((?:^|,)(?:{'|'.join(SOURCES)})=)", archive)
+    return "".join(part if i % 2 or not part else str(change(part)) for i, part in enumerate(parts))
+
+
+def check_value(name: str, value) -> None:
+    """Raises ValueError where a parameter of this name cannot have this value."""
+    numbers = value if isinstance(value, list) else [value]
+    if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+        expected = "a finite number"
+    elif name in CHOICES and value not in CHOICES[name]:
+        expected = f"one of {', '.join(map(str, CHOICES[name]))}"
+    elif name == "source" and not set(value.split("+")) <= set(SOURCES):
+        expected = f"one of {', '.join(SOURCES)}, or several joined by +"
+    elif name == "others" and not all(re.fullmatch(f"\\w+/({'|'.join(SPLITS)})", s) for s in value.split(",") if s):
+        expected = "sets as in bach/test"
+    elif name in POSITIVE and value <= 0:
+        expected = "more than 0"
+    elif name in NOT_NEGATIVE and value < 0:
+        expected = "0 or more"
+    elif name in AT_MOST_1 and value > 1:
+        expected = "at most 1"
+    elif name in SHARES and not 0 <= value < 1:
+        expected = "a share in [0, 1)"
+    else:
+        return
+    raise ValueError(f"parameter {name!r}: expected {expected}, got {value!r}")
+
+
 def check(config: Config) -> None:
     flat = config.flat()
-    for name, allowed in CHOICES.items():
-        if flat[name] not in allowed:
-            raise ValueError(f"parameter {name!r}: expected one of {', '.join(map(str, allowed))}, got {flat[name]!r}")
-    for name in POSITIVE:
-        if flat[name] <= 0:
-            raise ValueError(f"parameter {name!r}: expected more than 0, got {flat[name]!r}")
-    for name in NOT_NEGATIVE:
-        if flat[name] < 0:
-            raise ValueError(f"parameter {name!r}: expected 0 or more, got {flat[name]!r}")
+    for name, value in flat.items():
+        check_value(name, value)
     if flat["target_rate"] and flat["free_bits"]:
         raise ValueError("parameter 'free_bits': expected 0 with a target_rate, which takes its place, "
                          f"got {flat['free_bits']}")
@@ -208,9 +255,11 @@ def check(config: Config) -> None:
         raise ValueError("parameter 'target_rate': expected the nats to hold with beta_schedule 'rate', got 0")
     if flat["beta_schedule"] == "rate" and not flat["variational"]:
         raise ValueError("parameter 'variational': expected True with beta_schedule 'rate', which steers a KL")
-    for name in SHARES:
-        if not 0 <= flat[name] < 1:
-            raise ValueError(f"parameter {name!r}: expected a share in [0, 1), got {flat[name]!r}")
+    if flat["velocities"] > 127:
+        raise ValueError(f"parameter 'velocities': expected at most 127, as many as MIDI has, got {flat['velocities']}")
+    if flat["prior"] == "joint" and (flat["bottleneck"] != "rows" or not flat["variational"] or flat["free_bits"]):
+        raise ValueError("parameter 'prior': 'joint' expects bottleneck 'rows', variational True and free_bits 0, got "
+                         f"{flat['bottleneck']!r}, {flat['variational']} and {flat['free_bits']}")
     if flat["d_model"] % (2 * flat["n_heads"]):
         raise ValueError(f"parameter 'd_model': expected a multiple of 2 * n_heads = {2 * flat['n_heads']}, "
                          f"got {flat['d_model']}")

@@ -1,6 +1,7 @@
-"""Atomic writes: what a file held before is there until what comes after is whole; lines added to a log; errors
+"""Atomic writes: what a file held before is there until what comes after is whole; lines added to a log; locks; errors
 in a few words."""
 
+import fcntl
 import hashlib
 import os
 import tempfile
@@ -38,6 +39,20 @@ def atomic(path: str | Path, write: Callable[[Path], object]) -> None:
 
 def atomic_text(path: str | Path, text: str) -> None:
     atomic(path, lambda p: p.write_text(text))
+
+
+@contextmanager
+def locked(path: str | Path, waiting: str = "") -> Iterator[None]:
+    """Within it, no other process is inside a `locked` of this file; one that is, is waited for, which is said. The
+    system lets go of the lock when the process ends, however that happens."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(waiting or f"waiting for another process at work in {Path(path).parent}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def append(path: str | Path, lines: Iterable[str]) -> None:

@@ -17,6 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 AHEAD = 16  # tasks a process, given out before the first of them is answered for
 
 
+def share_cores() -> None:
+    """Let OpenMP's threads, whose waiting for each other keeps the cores, go to sleep sooner: beside one other busy
+    process training is twice as fast so, alone as fast as ever. Call it before torch is imported; processes inherit it.
+    """
+    if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        os.environ["GOMP_SPINCOUNT"] = "4000"  # of 300,000
+
+
 def cores() -> int:
     return min(os.cpu_count() or 1, 16)
 

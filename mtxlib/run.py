@@ -7,7 +7,9 @@ has been, when its corpus was made.
 
 from __future__ import annotations  # symusic.Score is no class: `Path | Score` cannot be evaluated
 
-from dataclasses import replace
+import json
+import shutil
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
 from symusic import Score
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from mtxlib.config import BOS, Config
+from mtxlib import ROOT
+from mtxlib.config import BOS, SPLITS, Config, archive_paths
 from mtxlib.data.store import Windows
 from mtxlib.data.tokens import Codec, load_tokenizer, tokenize
+from mtxlib.files import atomic, atomic_text
 from mtxlib.latent.attributes import Directions, change_mode, find, load_directions, save_directions
 from mtxlib.latent.compose import lay, lines_of
 from mtxlib.latent.decode import decode, prior_latents
@@ -36,6 +41,7 @@ from mtxlib.music.score import KEY_NAMES, bar_starts, chain, cut, join, key_of, 
 Music = "str | Path | Piece | Score"
 BATCH = 128  # windows encoded or decoded at once
 ENDINGS = 8  # last bars that are tried for a cadence
+MAY_BE_KEPT = ("jsfakes", "folder")  # sources whose pieces may lie in a run's folder, which may be given on
 OVERLAP = 1  # bars of the window before that a window of a long piece begins with
 
 
@@ -60,6 +66,15 @@ def load_run(folder: str | Path, device: str = "") -> Run:
                int(1.5 * int(metadata["most_tokens"])))
 
 
+class Undrawn(TorchFunctionMode):
+    """Within it no module draws its first weights, for which torch's "meta" device would import a compiler (1 s)."""
+
+    def __torch_function__(self, call, types, args=(), kwargs=None):
+        if call is torch.nn.init.normal_:
+            return kwargs["tensor"]
+        return (torch.empty if call is torch.randn else call)(*args, **kwargs or {})
+
+
 def load_weights(path: Path, config: Config) -> tuple[MusicVAE, dict[str, str]]:
     """The model and the metadata of its file."""
     try:
@@ -71,7 +86,7 @@ def load_weights(path: Path, config: Config) -> tuple[MusicVAE, dict[str, str]]:
         raise ValueError(f"{path}: expected weights saved by mtxlib.train, got a safetensors file without its mark")
     try:
         sizes = config.model, int(metadata["vocab_size"]), int(metadata["n_bars"])
-        with torch.device("meta"):  # no memory for a size that the file only claims
+        with torch.device("meta"), Undrawn():  # no memory for a size that the file only claims
             n_bytes = sum(p.numel() * 2 for p in MusicVAE(*sizes).parameters())
         if n_bytes > path.stat().st_size:
             raise ValueError(f"expected {n_bytes:,} bytes or more, got {path.stat().st_size:,}")
@@ -110,8 +125,9 @@ class Run:
         known = set(self.codec.tokenizer.config.programs)
         alien = sorted({-1 if t.is_drum else t.program for t in score.tracks if len(t.notes)} - known)
         if alien:
-            raise ValueError(f"{name_of(music)}: expected voices with the programs {sorted(known)} (four voices of a "
-                             f"chorale get them by themselves), got {alien}")
+            raise ValueError(f"{name_of(music)}: expected voices with the programs {sorted(known)}, which this run "
+                             f"learned from, got {alien} (-1 is drums; four parts without drums are read as soprano, "
+                             "alto, tenor and bass)")
         return score
 
     def windows(self, music: Music) -> tuple[Score, list[int], list[Score]]:
@@ -255,8 +271,6 @@ class Run:
 
     def context(self, window: Score, last: int, n: int) -> list[int]:
         """Ids of the n bars of a window before its bar `last`, BOS first, for a decoder that goes on from there."""
-        if self.config.data.tokenizer == "MMM":
-            return [BOS]  # it writes one voice after the other: a beginning in time is none in tokens
         lines = bar_starts(window)
         last = min(last, len(lines) - 1)
         part = cut(window, lines[:last + 1], max(0, last - n), n)
@@ -280,7 +294,8 @@ class Run:
                              f"{self.config.model.bottleneck!r}")
         lines, held_out = (lines_of(self.model, self.codec, self.pieces(split), split == "train")
                            for split in ("train", "valid"))
-        self.prior, figures = fit(lines, held_out, self.config.model.rows_per_bar, steps=steps, seed=seed)
+        self.prior, figures = fit(lines, held_out, self.config.model.rows_per_bar, steps=steps, seed=seed,
+                                  joint=self.model.prior)
         save_prior(self.prior, self.folder / "prior.safetensors", self.folder / "model.safetensors")
         return figures
 
@@ -303,12 +318,39 @@ class Run:
     # -- measuring ----------------------------------------------------------------------------------------------------
 
     def pieces(self, split: str, source: str = "", archive: str = "") -> list[Piece]:
-        """The pieces of a split of the run's own source, or of another one (from `archive`, see `load_corpus`)."""
+        """The pieces of a split of the run's own source, or of another one (from `archive`, see `load_corpus`). What
+        config.json says of paths is relative to the project's root."""
+        if split not in SPLITS:
+            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
         data = self.config.data
         own = not source or source == data.source
-        pieces = load_corpus(source or data.source, data.data_dir, archive=archive or (data.archive if own else ""),
+        archive = archive or (archive_paths(data.archive, ROOT.joinpath) if own else "")
+        pieces = load_corpus(source or data.source, ROOT / data.data_dir, archive=archive,
                              limit=data.limit if own else 0)
         return [p for p in pieces if p.split == split]
+
+    def keep_pieces(self, pieces: list[Piece], most: int = 12) -> None:
+        """Put the first of these pieces into the run's folder: `pieces/` with their MIDI and pieces.json, which names
+        each with its licence. Only such as may be given on with the folder: CC BY, or the user's own."""
+        folder = self.folder / "pieces"
+        folder.mkdir(exist_ok=True)
+        chosen = [p for p in pieces if p.source in MAY_BE_KEPT and p.bars >= self.n_bars][:most]
+        for piece in chosen:
+            atomic(folder / piece.path.name, partial(shutil.copyfile, piece.path))
+        entries = [{**asdict(piece), "path": piece.path.name} for piece in chosen]
+        atomic_text(folder / "pieces.json", json.dumps(entries, indent=1) + "\n")
+        for stale in {*folder.glob("*.mid")} - {folder / piece.path.name for piece in chosen}:
+            stale.unlink()
+
+    def kept_pieces(self, split: str = "test") -> list[Piece]:
+        """Pieces of a split to look at and play with: some that lie in the run's folder, or all of its corpus where
+        none do."""
+        folder, kept = self.folder / "pieces", []
+        if (folder / "pieces.json").exists():
+            entries = json.loads((folder / "pieces.json").read_text())
+            kept = [Piece(**{field: entry.get(field) for field in Piece.__annotations__}
+                          | {"path": folder / entry["path"]}) for entry in entries]
+        return [piece for piece in kept if piece.split == split] or self.pieces(split)
 
     def diagnose(self, pieces: str | list[Piece] = "test", floor: float | None = None) -> dict:
         """The keys of diagnosis.json over a split of the run's source, or over pieces; see `mtxlib.latent.diagnose`."""

@@ -2,7 +2,9 @@
 
 import sys
 
-from mtxlib.model.train import main
+from mtxlib.processes import share_cores
 
 if __name__ == "__main__":
+    share_cores()
+    from mtxlib.model.train import main
     sys.exit(main())

@@ -1,6 +1,7 @@
 """Imports run one way, between the wings and inside each, and the training core runs where only torch is installed."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,11 @@ ORDER = (  # a file imports only from those above it
     "files", "config", "processes",
     "music.score", "music.readers", "music.corpus", "music.metrics", "music.notation", "music.display",
     "data.store", "data.tokens",
-    "model.layers", "model.vae", "model.losses", "model.likelihood", "model.optim", "model.prior", "model.train",
+    "model.layers", "model.optim", "model.prior", "model.vae", "model.losses", "model.likelihood", "model.train",
     "train",
     "latent.decode", "latent.interpolate", "latent.compose", "latent.attributes", "latent.diagnose",
     "run",
-    "book.notebooks", "book.cluster", "book.sweep", "book.widgets", "book.cli",
+    "book.setup", "book.notebooks", "book.cluster", "book.sweep", "book.widgets", "book.cli",
 )
 CORE = ("files", "config", "data.store", *(name for name in ORDER if name.startswith("model.")), "train")
 CORE_MAY_IMPORT = {"mtxlib", "torch", "numpy", "safetensors", "tqdm", *sys.stdlib_module_names}
@@ -57,6 +58,17 @@ def test_imports_run_one_way(name):
     for target, _ in imported(FILES[name]):
         if ours(target):
             assert ORDER.index(ours(target)) < ORDER.index(name), f"{name} imports {target}, which comes after it"
+
+
+def test_the_readme_shows_every_file_a_line_and_in_this_order():
+    text = (MTXLIB.parent / "README.md").read_text()
+    assert len(text.splitlines()) <= 150, "move what is no first screen to docs/"
+    shown, wing = [], ""
+    for line in text.split("\nmtxlib/\n")[1].split("\nbenchmarks/")[0].splitlines():
+        indent, name = re.match(r"( +)([\w.]+/?) +\S", line).groups()
+        wing = name.replace("/", ".") if name.endswith("/") else wing * (len(indent) > 2)
+        shown += [wing + name.removesuffix(".py")] * name.endswith(".py")
+    assert shown == [*ORDER]
 
 
 @pytest.mark.parametrize("name", CORE)

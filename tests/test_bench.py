@@ -1,5 +1,7 @@
 """The benchmarks measure what they say: FLOPs against torch's own count, baselines that do the same work as ours."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import bench
 import pytest
 import torch
@@ -42,11 +44,11 @@ def test_decoding_without_cache_writes_the_same_and_never_ends(run):
     z = prior_latents(run.model, 3, run.mean_tokens, seed=1)
     ours = torch.tensor(decode(run.model, table, z, max_tokens=61, grammar=grammar))
     assert ours.shape == (3, 61) and not torch.isin(ours[:, 1:], torch.tensor([PAD, BOS, EOS, MASK])).any()
-    asked = list(prefixes(table, ours))
+    asked = list(prefixes(table, grammar, ours))
     assert [ids.shape[1] for ids, _, _ in asked] == list(range(1, 61))
-    theirs = [next_uncached(run.model, table, z, grammar, *prefix) for prefix in asked]
+    theirs = [next_uncached(run.model, z, *prefix) for prefix in asked]
     assert torch.equal(torch.stack(theirs, 1), ours[:, 1:])
-    assert [ids.shape[1] for ids, _, _ in prefixes(table, ours, 8)] == [4, 12, 20, 28, 36, 44, 52, 60]
+    assert [ids.shape[1] for ids, _, _ in prefixes(table, grammar, ours, 8)] == [4, 12, 20, 28, 36, 44, 52, 60]
 
 
 def test_token_dropout_one_by_one_hits_what_ours_hits():
@@ -95,6 +97,52 @@ def test_utilisation_is_flops_over_the_peak_of_the_card(monkeypatch, run_config,
     with torch.device("meta"):
         large = MusicVAE(Config.from_flat(LARGE).model, 600, 4)
     assert large.n_parameters() == pytest.approx(100e6, rel=0.05)
+
+
+def test_training_is_told_beside_the_textbook_and_the_matmuls_of_the_machine(monkeypatch, run_config, run_dir):
+    for size in ("REFERENCE", "QUICK"):
+        monkeypatch.setattr(bench, size, {"preset": "tiny"})
+    rows = [row.to_dict() for row in bench.training(Setting(run_config, [], run_dir))]
+    speed, used = ([row for row in rows if row["name"].startswith(name)] for name in ("training", "CPU utilisation"))
+    for a, b in zip(speed, used, strict=True):
+        assert (a["at_least"], b["at_least"], b["unit"]) == (2.5, 0.5, "FLOP/s") and 0 < b["ratio"] < 1
+        assert len(a["values"]) == len(a["baseline"]) == len(b["baseline"]) == 5
+        assert 1e5 < b["values"][0] / a["values"][0] < 1e6, "FLOPs a token"
+
+
+def test_flops_a_token_are_of_the_windows_since_it_was_last_asked(run_config, tmp_path):
+    ours = bench.OurTrainer(run_config, str(tmp_path))
+    n_tokens = ours.step()
+    lengths, c, rows = list(ours.lengths), run_config.model, ours.trainer.model.bottleneck.rows
+    expected = sum(window_flops(c, ours.trainer.store.vocab_size, rows, n) for n in lengths) / n_tokens
+    assert ours.flops_per_token() == pytest.approx(expected) and not ours.lengths
+
+
+def test_a_busy_process_is_there_and_goes(monkeypatch, run_config, run_dir):
+    seen = []
+
+    def quiet_and_beside(config):
+        with bench.busy_process():
+            seen.append(bench.os.environ["GOMP_SPINCOUNT"])
+        return [10.0, 12.0], [4.0, 6.0]
+    monkeypatch.setattr(bench, "quiet_and_beside", quiet_and_beside)
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setenv("GOMP_SPINCOUNT", "4000")
+    ratios = [row.to_dict()["ratio"] for row in bench.shared(Setting(run_config, [], run_dir))]
+    assert seen == ["4000", "300000"] and bench.os.environ["GOMP_SPINCOUNT"] == "4000"
+    assert ratios == [pytest.approx(5 / 11), 1.0, 1.0]
+
+
+def test_training_beside_a_busy_process_takes_turns_with_training_alone(run_config):
+    quiet, beside = bench.quiet_and_beside(run_config)
+    assert len(quiet) == len(beside) == 5 and min(quiet + beside) > 0
+
+
+def test_a_machine_is_the_same_whatever_its_matmuls_took():
+    here = bench.machine()
+    assert set(here["matmuls"]) == {"bf16", "fp32"} and "GFLOP/s in bf16" in here["precision"]
+    assert bench.is_same(here, {**here, "matmuls": {}, "precision": ""})
+    assert not bench.is_same(here, {**here, "cpu": ""})
 
 
 def test_rows_say_whether_the_aim_is_reached():

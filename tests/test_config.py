@@ -8,7 +8,17 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from mtxlib import config as module
-from mtxlib.config import CHOICES, PARTS, PRESETS, Config, TrainConfig, flat_names, typed
+from mtxlib.config import (
+    CHOICES,
+    PARTS,
+    PRESETS,
+    Config,
+    TrainConfig,
+    archive_paths,
+    check_value,
+    flat_names,
+    typed,
+)
 
 
 @pytest.mark.parametrize("values, message", [
@@ -24,8 +34,12 @@ from mtxlib.config import CHOICES, PARTS, PRESETS, Config, TrainConfig, flat_nam
     ({"lr": 0.0}, "'lr': expected more than 0"), ({"n_bars": -4}, "'n_bars': expected more than 0, got -4"),
     ({"dec_token_dropout": 1.0}, r"'dec_token_dropout': expected a share in \[0, 1\), got 1.0"),
     ({"ema": -0.1}, "'ema': expected a share"),
+    ({"lr": float("nan")}, "'lr': expected a finite number, got nan"), ({"beta_max": float("inf")}, "a finite number"),
+    ({"source": "bach+jsfake"}, r"'source': expected one of bach, .*joined by \+, got 'bach\+jsfake'"),
     ({"d_model": 36, "n_heads": 4}, "'d_model': expected a multiple of 2 .* = 8, got 36"),
     ({"conv_stride": 6}, "'conv_stride': expected a power of two, got 6"),
+    ({"grid": 6}, "'grid': expected one of 4, 8, 12, 24, got 6"), ({"tempos": -1}, "'tempos': expected 0 or more"),
+    ({"velocities": 128}, "'velocities': expected at most 127"), ({"pedal": 1}, "'pedal': expected bool, got 1"),
     ({"limit": -1}, "'limit': expected 0 or more, got -1"), ({"beta_max": -0.5}, "'beta_max': expected 0 or more"),
     ({"target_rate": 100.0, "free_bits": 0.1}, "'free_bits': expected 0 with a target_rate"),
     ({"target_start": 100.0}, "'target_start': expected a target_rate to go to"),
@@ -38,6 +52,27 @@ def test_mistakes_are_refused_by_name(values, message):
         Config.from_flat(values)
 
 
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("top_p", 5.0, "at most 1, got 5.0"), ("top_p", 0.0, "more than 0, got 0.0"), ("temperature", -1.0, "0 or more"),
+    ("sample_temperature", float("nan"), "a finite number"), ("long_bars", 0, "more than 0, got 0"),
+    ("split", "val", "one of train, valid, test, got 'val'"), ("rates", [1.0, float("inf")], "a finite number"),
+    ("others", "bach/test,jsb/val", "sets as in bach/test, got 'bach/test,jsb/val'")])
+def test_what_only_notebooks_take_is_checked_too(name, value, message):
+    with pytest.raises(ValueError, match=f"parameter '{name}': expected {message}"):
+        check_value(name, value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_p", 1.0), ("temperature", 0.0), ("others", ""), ("rates", [1, 2.5]),
+                                             ("others", "bach/test,jsb/valid"), ("any", "thing")])
+def test_what_can_be_is_let_through(name, value):
+    check_value(name, value)
+
+
+def test_each_path_of_an_archive():
+    found = [archive_paths(archive, "/at/{}".format) for archive in ("", "a.zip", "my=a,b", "jsfakes=a.zip,jsb=b.json")]
+    assert found == ["", "/at/a.zip", "/at/my=a,b", "jsfakes=/at/a.zip,jsb=/at/b.json"]
+
+
 def test_a_whole_number_is_welcome_for_a_float():
     config = Config.from_flat({"beta_max": 2})
     assert config.train.beta_max == 2.0 and type(config.train.beta_max) is float
@@ -45,7 +80,7 @@ def test_a_whole_number_is_welcome_for_a_float():
 
 def test_names_are_unique_and_defaults_have_their_type():
     names = [f.name for part in PARTS for f in fields(part)]
-    assert len(set(names)) == len(names) and set(names) == flat_names() and set(CHOICES) <= flat_names()
+    assert len(set(names)) == len(names) and set(names) == flat_names() and set(CHOICES) - {"split"} <= flat_names()
     assert all(typed(f, f.default) == f.default for part in PARTS for f in fields(part))
     assert Config() == Config.from_flat({}) == Config.from_flat(Config().flat())
 
@@ -55,7 +90,7 @@ def test_every_field_has_its_comment():
     classes = [node for node in ast.parse("\n".join(lines)).body
                if isinstance(node, ast.ClassDef) and node.name in {part.__name__ for part in PARTS}]
     assert len(classes) == 3
-    for node in (field for cls in classes for field in cls.body):
+    for node in (field for cls in classes for field in cls.body if not isinstance(field, ast.FunctionDef)):
         assert isinstance(node, ast.AnnAssign)
         comment = lines[node.end_lineno - 1][node.end_col_offset:].partition("#")[2]
         assert len(comment.split()) >= 2, f"{node.target.id} needs a comment"
@@ -82,6 +117,17 @@ def test_files_that_are_no_config_are_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match="is not a config|unknown section|unknown parameter 'dmodel'; did you mean"):
         Config.load(path)
+
+
+def test_the_tokenizer_of_earlier_runs_is_read_where_it_is_the_one_left(tmp_path):
+    path, nested = tmp_path / "config.json", Config.from_flat({"preset": "tiny"}).to_dict()
+    path.write_text(json.dumps({**nested, "data": {**nested["data"], "tokenizer": "REMI"}}))
+    assert Config.load(path) == Config.from_flat({"preset": "tiny"})
+    path.write_text(json.dumps({**nested, "data": {**nested["data"], "tokenizer": "MMM"}}))
+    with pytest.raises(ValueError, match="config.json is not a config: parameter 'tokenizer': expected REMI.*'MMM'"):
+        Config.load(path)
+    with pytest.raises(ValueError, match="unknown parameter 'tokenizer'"):
+        Config.from_flat({"tokenizer": "REMI"})
 
 
 def test_a_config_is_frozen_and_replace_copies():

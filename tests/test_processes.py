@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mtxlib.processes import AHEAD, apart
+from mtxlib.processes import AHEAD, apart, share_cores
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +72,28 @@ def test_scripts_need_no_main_guard(tmp_path):
     out = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True,
                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}).stdout
     assert out == "once\n[(3, ''), (7, '')]\n"
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, {"GOMP_SPINCOUNT": "4000"}), ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+    ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"})], ids=str)
+def test_threads_wait_as_the_user_says(given, expected, monkeypatch):
+    monkeypatch.setattr(os, "environ", given)
+    share_cores()
+    assert given == expected
+
+
+@pytest.mark.parametrize("command", [["-m", "mtxlib.train", "--help"], ["-m", "mtxlib.book.cli", "--help"]], ids=str)
+def test_commands_set_the_waiting_policy_before_torch_has_threads(command):
+    """A hook of the interpreter looks at the environment when torch is first imported, or at the end."""
+    look = ("import atexit, os, sys, runpy\n"
+            "class Look:\n"
+            "    def find_spec(self, name, *_):\n"
+            "        if name == 'torch': print('import', os.environ.get('GOMP_SPINCOUNT'))\n"
+            "sys.meta_path.insert(0, Look())\n"
+            "atexit.register(lambda: print('end', os.environ.get('GOMP_SPINCOUNT')))\n"
+            f"sys.argv = {command[1:]}; runpy.run_module({command[1]!r}, run_name='__main__')")
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", look], env=environment, capture_output=True, text=True)
+    seen = [line for line in done.stdout.splitlines() if line.startswith(("import ", "end "))]
+    assert seen and {line.split()[1] for line in seen} == {"4000"}, done.stderr

@@ -3,16 +3,21 @@
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from mtxlib import ROOT
 from mtxlib.book.cluster import Jobs, Processes
-from mtxlib.book.notebooks import NOTEBOOKS, NotebookFailed, find_notebooks, report, run_notebooks
+from mtxlib.book.notebooks import NOTEBOOKS, NotebookFailed, report, run_notebooks
 from mtxlib.book.sweep import SWEEP_FORMAT, run_sweep
-from mtxlib.config import PRESETS
+from mtxlib.config import PRESETS, check_value
+from mtxlib.processes import share_cores
+
+SHIPPED = ROOT / "outputs" / "reference"
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -49,40 +54,53 @@ def sweep_command(args: argparse.Namespace) -> int:
 
 
 def reconstruct_command(args: argparse.Namespace) -> int:
+    if args.out.suffix not in (".mid", ".midi", ".musicxml"):
+        raise ValueError(f"{args.out}: expected a name that ends in .mid or .musicxml")
+    if not args.file.is_file():
+        raise FileNotFoundError(f"{args.file}: expected a MIDI or MusicXML file, found none")
+    if args.out.is_dir() or not os.access(args.out.parent, os.W_OK):
+        raise ValueError(f"{args.out}: expected a file's name in a folder that is there and can be written to")
+    if args.out.exists() and args.out.samefile(args.file):
+        raise ValueError(f"{args.out} is the file to be read: give the reconstruction another name")
+    check_value("temperature", args.temperature)
     from mtxlib.music.display import save  # torch takes seconds to import, and `mtx` has to refuse at once
     from mtxlib.music.score import note_f1
     from mtxlib.run import load_run
 
-    if args.out.suffix not in (".mid", ".midi", ".musicxml"):
-        raise ValueError(f"{args.out}: expected a name that ends in .mid or .musicxml")
     run = load_run(args.run)
     again = run.reconstruct(args.file, args.temperature)
     save(again, args.out)
     given = run.score(args.file)
-    print(f"{args.out}: {again.note_num()} notes, {given.note_num()} in {args.file}; "
+    print(f"{args.out}: {again.note_num()} notes, {notes_of(args.file, given)} in {args.file}; "
           f"note-F1 {note_f1(given, again):.3f}")
     return 0
 
 
-def app_command(args: argparse.Namespace) -> int:
-    """Serve the cells of notebook 06 tagged `app`. Voilà's page asks others for fonts: the policy forbids it."""
-    import nbformat
+def notes_of(file: Path, given) -> str:
+    """The notes of the file as it is, and how many of them there are in the normal form."""
+    from symusic import Score
 
+    from mtxlib.music.readers import KINDS
+
+    own = Score(file).note_num() if KINDS.get(file.suffix.lower()) == "midi" else given.note_num()  # it has been read
+    return f"{own}" if own == given.note_num() else f"{given.note_num()} of the {own}"
+
+
+def app_command(args: argparse.Namespace) -> int:
+    """Serve the widgets of notebook 06. Voilà's page asks others for fonts: the policy forbids it."""
     if not (args.run / "model.safetensors").exists():
         raise FileNotFoundError(f"{args.run} is not a finished run; train one first (`mtx run`)")
-    book = nbformat.read(find_notebooks(args.notebooks, ["06"])[0], 4)
-    *cells, widget = [cell for cell in book.cells if {"parameters", "app"} & {*cell.metadata.get("tags", [])}]
-    cells[0].source += f"\nrun_dir = {str(args.run.resolve())!r}"
-    for cell in cells:
-        cell.source = f"%%capture\n{cell.source}"
-    book.cells = [nbformat.v4.new_markdown_cell("# Morph, compose, steer"), *cells, widget]
+    code = f"from mtxlib.book.widgets import app\napp({str(args.run.resolve())!r})"
+    cells = [{"cell_type": "markdown", "metadata": {}, "source": "# Morph, compose, steer"},
+             {"cell_type": "code", "metadata": {}, "source": code, "execution_count": None, "outputs": []}]
     policy = f"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws://127.0.0.1:{args.port}"
     settings = {
         "Voila": {"ip": "127.0.0.1", "port": args.port, "open_browser": not args.no_browser,
                   "tornado_settings": {"headers": {"Content-Security-Policy": policy}}},
         "VoilaConfiguration": {"kernel_spec_manager_class": "mtxlib.book.notebooks.NoneRegistered"}}
     with tempfile.TemporaryDirectory() as folder:
-        nbformat.write(book, Path(folder, "mtx.ipynb"))
+        Path(folder, "mtx.ipynb").write_text(json.dumps(
+            {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 4}))
         Path(folder, "voila.json").write_text(json.dumps(settings))
         return subprocess.call([sys.executable, "-m", "voila", "mtx.ipynb"], cwd=folder)
 
@@ -114,15 +132,15 @@ def parser() -> argparse.ArgumentParser:
     again = commands.add_parser("reconstruct", help="a piece of any length through the latent of a run, and back")
     again.add_argument("file", type=Path, help="MIDI or MusicXML")
     again.add_argument("out", type=Path, help="the reconstruction, .mid or .musicxml")
-    again.add_argument("--run", type=Path, default=Path("outputs/reference"), help="run folder; default %(default)s")
+    again.add_argument("--run", type=Path, default=SHIPPED, help="run folder; default the one that comes along")
     again.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     again.set_defaults(call=reconstruct_command)
     app = commands.add_parser("app", help="the widgets of notebook 06 as a page on this machine, without Jupyter")
-    app.add_argument("--run", type=Path, default=Path("outputs/reference"), help="run folder; default %(default)s")
+    app.add_argument("--run", type=Path, default=SHIPPED, help="run folder; default the one that comes along")
     app.add_argument("--port", type=int, default=8866, help="default %(default)s")
     app.add_argument("--no-browser", action="store_true", help="only print the address")
     app.set_defaults(call=app_command)
-    for command in (run, sweep, app):
+    for command in (run, sweep):
         command.add_argument("--notebooks", type=Path, default=NOTEBOOKS, metavar="DIR", help="folder of the notebooks")
     return top
 
@@ -130,10 +148,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ending a job stops its kernel as Ctrl-C does
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm warns every process of a job with it, see mtxlib.book.cluster
+    share_cores()
     args = parser().parse_args(argv)
     try:
         return args.call(args)
-    except (ValueError, FileNotFoundError, NotebookFailed) as e:
+    except (ValueError, OSError, NotebookFailed) as e:
         print(f"mtx: {e}", file=sys.stderr)
         return 1 if isinstance(e, NotebookFailed) else 2
     except KeyboardInterrupt:

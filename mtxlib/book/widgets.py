@@ -7,10 +7,13 @@ Uploads are parsed in a process of their own within limits of time, so a hostile
 
 from __future__ import annotations  # symusic.Score is no class: `Path | Score` cannot be evaluated
 
+import logging
 import re
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from html import escape
+from io import StringIO
 from itertools import count
 
 import ipywidgets as widgets
@@ -18,14 +21,16 @@ import numpy as np
 import torch
 from ipywidgets import Layout
 from symusic import Score
+from torch import Tensor
 
+from mtxlib.files import brief
 from mtxlib.latent.interpolate import mix
 from mtxlib.music import display, notation
 from mtxlib.music.corpus import Piece
 from mtxlib.music.metrics import ATTRIBUTES
 from mtxlib.music.readers import KINDS, read_safely
 from mtxlib.music.score import TONICS, bar_starts, cut
-from mtxlib.run import Run
+from mtxlib.run import Run, load_run
 
 STEPS = 21  # positions of the slider from A to B
 TOP_P = 0.95  # where the temperature is not 0
@@ -36,19 +41,48 @@ STYLE = """<style>.mtx audio {height: 36px; width: 320px; display: block}
 .mtx img {background: white; border-radius: 4px; height: auto}</style>"""
 
 
+def app(run_dir: str) -> widgets.Widget:
+    """What `mtx app` shows: the widgets with pieces of the run, or one sentence why there are none."""
+    with telling(sentence := widgets.HTML()), redirect_stdout(StringIO()):
+        return play(run := load_run(run_dir), run.kept_pieces())
+    return sentence
+
+
 def play(run: Run, pieces: list[Piece]) -> widgets.Tab:
     """The widgets, one a tab; they offer these pieces. Steering, whose directions may have to be found first, is made
     when its tab is opened."""
-    later = widgets.HTML("Finding what to steer by in the training split; the run remembers it …")
+    later = widgets.HTML(finding := "Finding what to steer by in the training split; the run remembers it …")
     tab = widgets.Tab([Morph(run, pieces), Compose(run, pieces)] + [later] * follows_bars(run),
                       titles=["Morph", "Compose", "Steer"])
 
     def opened(change: dict) -> None:
         if tab.children[change["new"]] is later:
-            tab.children = [*tab.children[:2], Steer(run, pieces)]
+            with telling(later, finding):
+                tab.children = [*tab.children[:2], Steer(run, pieces)]
 
     tab.observe(opened, "selected_index")
     return tab
+
+
+def say(line: widgets.HTML, text: str, colour: str = "inherit") -> None:
+    line.value = f'<span style="color: {colour}">{escape(text)}</span>'
+
+
+@contextmanager
+def telling(line: widgets.HTML, doing: str = ""):
+    """Says in `line` what is being done and, if it cannot be, why in one sentence: a mistake of the user's as it is
+    told, any other error with its kind, and the rest in the log."""
+    say(line, doing)
+    said = line.value
+    try:
+        yield
+        if line.value == said:  # nothing more has been said
+            say(line, "")
+    except (ValueError, OSError) as e:
+        say(line, str(e), "#b3261e")
+    except Exception as e:
+        logging.getLogger(__name__).exception("%s failed", doing or "a widget")
+        say(line, f"This went wrong: {brief(e)}", "#b3261e")
 
 
 def follows_bars(run: Run) -> bool:
@@ -88,29 +122,28 @@ class Studio(widgets.VBox):
     def arrange(self, *controls: widgets.Widget) -> None:
         self.children = [widgets.HTML(STYLE, layout=Layout(display="none")), *controls, self.status, self.result]
 
-    @contextmanager
     def telling(self, doing: str = ""):
-        """Says what is being done and, if it cannot be, why in one sentence."""
-        self.say(doing)
-        said = self.status.value
-        try:
-            yield
-            if self.status.value == said:  # nothing more has been said
-                self.say("")
-        except (ValueError, OSError) as e:
-            self.say(str(e), "#b3261e")
+        return telling(self.status, doing)
 
-    def say(self, text: str, colour: str = "inherit") -> None:
-        self.status.value = f'<span style="color: {colour}">{escape(text)}</span>'
+    def watch(self, *dials: widgets.Widget) -> None:
+        for dial in dials:
+            dial.observe(self.turn, "value")
+
+    def turn_to(self, dials: Iterable[widgets.Widget], values: list[float]) -> None:
+        """Set several dials, and follow them once."""
+        for dial, value in zip(dials, values, strict=True):
+            dial.unobserve(self.turn, "value")
+            dial.value = value
+        self.watch(*dials)
+        self.turn()
 
     def present(self, score: Score, name: str, draw, bars: int | None = None) -> None:
-        """Show a score, what is quickest first. `name` tells it from all others, its files too; `draw` pictures it."""
+        """Show a score once its picture, sound and notation are all there: what is seen is what is heard. `name` tells
+        it from all others, its files too; `draw` pictures it."""
+        if name not in self.ready:
+            self.ready[name] = display.player(score, self.plays.value), notation.notation(score, bars).encode(), draw()
+        self.sound.value, self.notation.value, self.picture.value = self.ready[name]
         self.score, self.name = score, re.sub(r"[^\w.,=+-]+", "_", name.replace("–", "-"))
-        for widget, make in ((self.picture, draw), (self.sound, lambda: display.player(score, self.plays.value)),
-                             (self.notation, lambda: notation.notation(score, bars).encode())):
-            if (widget, name) not in self.ready:
-                self.ready[widget, name] = make()
-            widget.value = self.ready[widget, name]
         self.result.layout.display = ""
 
     def save(self, suffix: str) -> None:
@@ -121,15 +154,15 @@ class Studio(widgets.VBox):
             paths = (folder / f"{self.name[:150]}{f'_{n}' if n > 1 else ''}{suffix}" for n in count(1))
             path = next(path for path in paths if not path.exists())
             display.save(self.score, path)
-            self.say(f"Saved as {path}")
+            say(self.status, f"Saved as {path}")
 
 
 class Chooser(widgets.HBox):
     """A piece of those offered, or an uploaded one, and a window of it. `changed` is called when either is another."""
 
     def __init__(self, studio: Studio, pieces: list[Piece], label: str, index: int = 0, nothing: str = ""):
-        self.studio, self.run, self.changed = studio, studio.run, lambda: None
-        self.music = {f"{p.name} · {p.key} · {p.bars} bars": (p.name, p.path)
+        self.studio, self.run, self.changed, self.score = studio, studio.run, lambda: None, None
+        self.music = {f"{p.name} · {p.key} · {p.bars} bars": (p.name, p)
                       for p in pieces if p.bars >= self.run.n_bars}
         if not self.music:
             raise ValueError(f"pieces: expected one of {self.run.n_bars} bars or more, got none in {len(pieces)}")
@@ -145,13 +178,14 @@ class Chooser(widgets.HBox):
         super().__init__([self.piece, self.bars, self.upload], layout=ROW)
 
     def pick(self, _=None) -> None:
-        n, (self.name, music) = self.run.n_bars, self.music[self.piece.value]
-        self.score = music and self.run.score(music)
-        self.starts = bar_starts(self.score) if music else []
-        self.bars.options = [(f"bars {bar + 1}–{bar + n}", bar) for bar in range(len(self.starts) - n)]
-        self.bars.index = 0 if music else None
-        self.bars.layout.display = "" if music else "none"
-        self.changed()
+        with self.studio.telling():
+            n, (self.name, music) = self.run.n_bars, self.music[self.piece.value]
+            self.score = music and self.run.score(music)
+            self.starts = bar_starts(self.score) if music else []
+            self.bars.options = [(f"bars {bar + 1}–{bar + n}", bar) for bar in range(len(self.starts) - n)]
+            self.bars.index = 0 if music else None
+            self.bars.layout.display = "" if music else "none"
+            self.changed()
 
     def take(self, change: dict) -> None:
         """Read an upload; if it is no music for this run, say why and leave everything as it was."""
@@ -184,13 +218,13 @@ class Chooser(widgets.HBox):
 
 
 class Morph(Studio):
-    """From A to B: a slider whose steps are decoded beforehand, or bar by bar."""
+    """From A to B by a slider, or bar by bar."""
 
     def __init__(self, run: Run, pieces: list[Piece]):
         super().__init__(run)
         self.a, self.b = Chooser(self, pieces, "A"), Chooser(self, pieces, "B", 1)
-        self.alphas = [round(float(alpha), 2) for alpha in np.linspace(0, 1, STEPS)]
-        self.alpha = widgets.SelectionSlider(options=[(f"α {a:.2f}", a) for a in self.alphas], value=0.5,
+        self.steps = [(round(float(alpha), 2),) for alpha in np.linspace(0, 1, STEPS)]
+        self.alpha = widgets.SelectionSlider(options=[(f"α {a:.2f}", a) for a, in self.steps], value=0.5,
                                              description="A to B", layout=Layout(width="640px"))
         self.bars = [widgets.FloatSlider(min=0, max=1, step=0.05, orientation="vertical", continuous_update=False,
                                          layout=Layout(height="130px")) for _ in range(run.n_bars)]
@@ -198,8 +232,8 @@ class Morph(Studio):
                                 layout=Layout(align_items="center")) for i, dial in enumerate(self.bars, 1)]
         line = np.linspace(0, 1, run.n_bars).round(2).tolist()
         presets = widgets.VBox([widgets.Label("0 is A, 1 is B"),
-                                button("A becomes B", "arrow-right", partial(self.set_bars, line)),
-                                button("B becomes A", "arrow-left", partial(self.set_bars, line[::-1]))])
+                                button("A becomes B", "arrow-right", partial(self.turn_to, self.bars, line)),
+                                button("B becomes A", "arrow-left", partial(self.turn_to, self.bars, line[::-1]))])
         self.mode = widgets.ToggleButtons(options=[("whole window", False), ("bar by bar", True)],
                                           style={"button_width": "130px"})
         self.mode.layout.display = "" if follows_bars(run) else "none"
@@ -209,51 +243,50 @@ class Morph(Studio):
         self.a.changed = self.b.changed = self.prepare
         for dial in (self.temperature, self.seed):
             dial.observe(self.prepare, "value")
-        for dial in (self.alpha, self.mode, *self.bars):
-            dial.observe(self.turn, "value")
-        self.key = None
+        self.watch(self.alpha, self.mode, *self.bars)
+        self.key, self.mixes = None, {}
         self.prepare()
 
+    @property
+    def position(self) -> tuple[float, ...]:
+        """Where the slider, or those of the bars, stand."""
+        return tuple(dial.value for dial in self.bars) if self.mode.value else (self.alpha.value,)
+
     def prepare(self, _=None) -> None:
-        """Decode all steps of the slider, if A, B or a setting has changed."""
-        windows = [self.a.window, self.b.window]
-        key = (*windows, self.temperature.value, self.seed.value)
-        if key == self.key:
-            return
+        """Begin anew if A, B or a setting has changed. Only what is shown is decoded, for the rest may not be asked
+        for; where notes are drawn by chance all is, since one seed draws them all."""
         with self.telling("Decoding …"):
-            self.z, self.key = self.run.encode_windows(windows), key
-            self.mixes = dict(zip(self.alphas, self.decode(self.alphas), strict=True))
+            windows = [self.a.window, self.b.window]
+            key = (*windows, self.temperature.value, self.seed.value)
+            if key == self.key:
+                return
+            z = self.run.encode_windows(windows)
+            mixes = self.decode(z, self.steps if self.temperature.value else [self.position])
             titles = [f"A: {self.a.place}", "", f"B: {self.b.place}"]
-            self.figure = display.piano_rolls([windows[0], self.mixes[0.5], windows[1]], titles, bars=self.run.n_bars)
+            figure = display.piano_rolls([windows[0], *windows], titles, bars=self.run.n_bars)  # see `draw`
+            self.z, self.mixes, self.figure, self.key = z, mixes, figure, key
             self.ready.clear()
             self.turn()
 
-    def decode(self, alphas: list) -> list[Score]:
-        z = torch.stack([mix(*self.z, alpha, self.run.n_bars) for alpha in alphas])
-        return self.run.decode(z, self.temperature.value, TOP_P, self.seed.value)
+    def decode(self, z: Tensor, positions: list[tuple]) -> dict[tuple, Score]:
+        mixes = torch.stack([mix(*z, list(p) if len(p) > 1 else p[0], self.run.n_bars) for p in positions])
+        return dict(zip(positions, self.run.decode(mixes, self.temperature.value, TOP_P, self.seed.value), strict=True))
 
     def turn(self, _=None) -> None:
-        """Show the mix that the slider, or the sliders of the bars, stand at."""
+        """Show the mix of this position. At the first move of the slider all its steps are decoded at once."""
         self.alpha.layout.display, self.by_bar.layout.display = ("none", "") if self.mode.value else ("", "none")
-        with self.telling():
-            alphas = [dial.value for dial in self.bars]
-            key = tuple(alphas) if self.mode.value else self.alpha.value
-            if key not in self.mixes:
-                [self.mixes[key]] = self.decode([alphas])
-            where = " ".join(f"{alpha:.2f}" for alpha in (alphas if self.mode.value else [key]))
+        with self.telling("Decoding …"):
+            now = self.position
+            if now not in self.mixes:
+                steps = [step for step in self.steps if step not in self.mixes]
+                self.mixes |= self.decode(self.z, [now] if self.mode.value else steps)
+            where = " ".join(f"{alpha:.2f}" for alpha in now)
             name = f"morph {self.a.place} to {self.b.place} at {where}"
-            self.present(self.mixes[key], name, lambda: self.draw(self.mixes[key], f"mix: α {where}"), self.run.n_bars)
+            self.present(self.mixes[now], name, lambda: self.draw(self.mixes[now], f"mix: α {where}"), self.run.n_bars)
 
     def draw(self, score: Score, title: str) -> bytes:
         display.redraw(self.figure, 1, score, title, self.run.n_bars)
         return display.png(self.figure)
-
-    def set_bars(self, alphas: list[float]) -> None:
-        for dial, alpha in zip(self.bars, alphas, strict=True):
-            dial.unobserve(self.turn, "value")  # or each would be decoded
-            dial.value = alpha
-            dial.observe(self.turn, "value")
-        self.turn()
 
     def swap(self, dial: widgets.FloatSlider) -> None:
         dial.value = 1 - dial.value
@@ -271,14 +304,14 @@ class Steer(Studio):
                       for name in self.directions.names}
         self.measured = {name: widgets.Label() for name in self.directions.names}
         rows = [w for name in self.dials for w in (widgets.Label(name), self.dials[name], self.measured[name])]
-        rows += [button("Reset", "undo", self.reset), widgets.Label("less  ←  as it is  →  more"),
+        reset = partial(self.turn_to, self.dials.values(), [0.0] * len(self.dials))
+        rows += [button("Reset", "undo", reset), widgets.Label("less  ←  as it is  →  more"),
                  widgets.Label("as it was → as it is")]
         table = widgets.GridBox(rows, layout=Layout(grid_template_columns="110px 380px auto", align_items="center",
                                                     grid_gap="2px 16px"))
         self.arrange(widgets.HBox([self.piece, self.temperature, self.seed], layout=ROW), table)
         self.piece.changed = self.turn
-        for dial in (self.temperature, self.seed, *self.dials.values()):
-            dial.observe(self.turn, "value")
+        self.watch(self.temperature, self.seed, *self.dials.values())
         self.turn()
 
     def turn(self, _=None) -> None:
@@ -295,13 +328,6 @@ class Steer(Studio):
             self.ready.clear()
             self.present(score, f"steer {self.piece.place} {said}", lambda: display.png(figure), self.run.n_bars)
 
-    def reset(self) -> None:
-        for dial in self.dials.values():
-            dial.unobserve(self.turn, "value")
-            dial.value = 0
-            dial.observe(self.turn, "value")
-        self.turn()
-
 
 class Compose(Studio):
     """A piece of any length from the prior, or one that goes on from a window."""
@@ -310,7 +336,7 @@ class Compose(Studio):
         super().__init__(run, temperature=1.0)
         self.prompt = Chooser(self, pieces, "begins with", nothing="nothing: all is made up")
         self.length = widgets.IntSlider(16, min=8, max=128, step=4, description="bars", layout=Layout(width="420px"))
-        self.key = widgets.Dropdown(options=[("that of the beginning, or any", None), *((key, key) for key in TONICS)],
+        self.key = widgets.Dropdown(options=[("that of the beginning, or any", ""), *((key, key) for key in TONICS)],
                                     description="key", layout=Layout(width="300px"))
         self.arrange(widgets.HBox([self.prompt, self.length], layout=ROW),
                      widgets.HBox([self.key, self.temperature, self.seed, button("Compose", "music", self.compose)],
@@ -320,7 +346,7 @@ class Compose(Studio):
         bars, seed, temperature = self.length.value, self.seed.value, self.temperature.value
         with self.telling(f"Composing {bars} bars …"):
             score = self.run.generate(bars, seed, temperature, top_p=TOP_P, prompt=self.prompt.window,
-                                      key=self.key.value)
+                                      key=self.key.value or None)
             figure = display.piano_rolls([score], [f"{bars} bars, seed {seed}, temperature {temperature}"])
             figure.set_size_inches(WIDE)
             self.ready.clear()

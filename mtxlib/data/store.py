@@ -25,71 +25,112 @@ from mtxlib.files import writing
 
 SPLITS = ("train", "valid", "test")
 ARRAYS = ("ids", "slots", "offsets", "windows")  # the files of a store
+VERSION = 5  # of what a store holds; raise it when that changes
 # Whence a window comes: the number of its piece, its first bar, semitones of transposition, the number of its split.
 WINDOW = np.dtype([("piece", np.int32), ("bar", np.int32), ("shift", np.int8), ("split", np.int8)])
 
 
 class SlotTable:
-    """What each id does to the clock, (V, 6) integers: resets, bars, position, unit, length, shift.
+    """What each id does to the clock, (V, 4) integers: bars, position, unit, length.
 
-    resets: 1 where a new voice starts from the window's first bar again. bars: bars opened. position: the position in
-    the bar it sets, -1 for none. unit: 32nds a position or shift of one counts from here on, 0 for no change. length:
-    32nds a bar lasts from here on, 0 for no change. shift: positions it moves on, before unit and length change; where
-    no token opens bars (TSD), enough shifts do.
+    bars: bars opened. position: the position in the bar it sets. unit: 48ths of a quarter that a position counts from
+    here on. length: 48ths that a bar lasts from here on. The last three are -1 where nothing changes.
     """
 
     def __init__(self, rows: np.ndarray | list, n_bars: int):
-        self.rows = torch.as_tensor(np.asarray(rows), dtype=torch.long)
-        self.n_slots = n_bars * SLOTS_PER_BAR
+        self.rows, self.n_slots = np.asarray(rows, dtype=np.int64), n_bars * SLOTS_PER_BAR
 
-    def start(self, batch: int) -> Tensor:
-        """The clock before the first token: (B, 5) bar, position, unit, length, time since its bar line in 32nds."""
-        return torch.tensor([0, 0, 2, 32, 0]).repeat(batch, 1)
+    def start(self, batch: int) -> np.ndarray:
+        """The clock before the first token: (B, 4) bar, position, unit, length."""
+        return np.array([[0, 0, 12, 192]]).repeat(batch, 0)
 
-    def advance(self, clock: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Read one id a sequence: clock (B, 5) and ids (B,) -> the next clock and the ids' slots (B,)."""
-        bar, position, unit, length, time = clock.unbind(1)
-        resets, bars, to, new_unit, new_length, shift = self.rows[ids].unbind(1)
-        time = time + shift * unit
-        bar = torch.where(shift > 0, bar.clamp(min=1), bar) + time // length
-        bar, time = torch.where(resets > 0, bars, bar + bars), time % length
-        position = torch.where(to >= 0, to, position)
-        unit, length = torch.where(new_unit > 0, new_unit, unit), torch.where(new_length > 0, new_length, length)
-        in_bar = ((position * unit + time) // 2).clamp(max=SLOTS_PER_BAR - 1)
-        slots = ((bar - 1).clamp(min=0) * SLOTS_PER_BAR + in_bar).clamp(max=self.n_slots - 1)
-        return torch.stack([bar, position, unit, length, time], 1), slots
+    def advance(self, clock: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read one id a sequence: clock (B, 4) and ids (B,) -> the next clock and the ids' slots (B,)."""
+        rows, bar = self.rows[ids], clock[:, 0]
+        clock = np.where(rows < 0, clock, rows)
+        clock[:, 0] += bar
+        in_bar = np.minimum(clock[:, 1] * clock[:, 2] // 12, SLOTS_PER_BAR - 1)
+        slots = np.maximum(clock[:, 0] - 1, 0) * SLOTS_PER_BAR + in_bar
+        return clock, np.minimum(slots, self.n_slots - 1)
 
     def slots(self, ids: Tensor) -> Tensor:
         """Slots of whole sequences, (B, T) -> (B, T)."""
         clock, columns = self.start(len(ids)), []
-        for column in ids.unbind(1):
+        for column in ids.numpy().T:
             clock, slots = self.advance(clock, column)
             columns.append(slots)
-        return torch.stack(columns, 1)
+        return torch.from_numpy(np.stack(columns, 1))
+
+
+class Begun:
+    """The notes that B sequences have begun at the place in time where they are: `at` (B, programs, pitches + 1), the
+    last column always False, and the program each has named last."""
+
+    def __init__(self, batch: int, programs: int, pitches: int):
+        self.at, self.program = np.zeros((batch, programs, pitches + 1), bool), np.zeros(batch, int)
+
+    def keep(self, rows: np.ndarray) -> None:
+        self.at, self.program = self.at[rows], self.program[rows]
 
 
 class Grammar:
-    """Which ids may come next, so that sampling writes whole notes, forward in time, within the window's bars.
+    """Which ids may come next, so that sampling writes whole notes, forward in time, on the grid, within the
+    window's bars, and none twice at one place.
 
-    ends: (V, 3) integers: the kinds of an id's first and last base token, and the position it sets before any other
-    timing, -1 for none. follows: (K, K), True where a kind may come after another. fresh: kinds after which any
-    position of the bar is still ahead. table: the clock's.
+    ends: (V, 4) integers: the kinds of an id's first and last base token, the position it sets before any other timing,
+    -1 for none, and the clock's unit in which a position that it sets would miss the grid, 0 for none. follows: (K, K), True where a kind may come
+    after another. fresh: kinds after which any position of the bar is still ahead. table: the clock's. notes: for each
+    id the chords it writes, a list of (program, pitch) each, from 0, the program -1 for the one named before; the first
+    chord where it stood, each other one where it has moved to in time. named: the program each id names last, -1 for
+    none. sizes: how many programs and pitches.
     """
 
-    def __init__(self, ends: np.ndarray | list, follows: np.ndarray, fresh: list[int], table: SlotTable):
-        first, self.last, self.position = torch.as_tensor(np.asarray(ends), dtype=torch.long).unbind(1)
-        self.after, self.is_fresh = torch.as_tensor(follows)[:, first], torch.isin(self.last, torch.tensor(fresh))
+    def __init__(self, ends: np.ndarray | list, follows: np.ndarray, fresh: list[int], table: SlotTable,
+                 notes: list[list[list[tuple[int, int]]]], named: list[int], sizes: tuple[int, int]):
+        first, self.last, self.position, self.misses = np.asarray(ends).T
+        self.after, self.is_fresh = follows[:, first], np.isin(self.last, fresh)
         self.is_still = self.position < 0
-        resets, bars = table.rows[:, 0], table.rows[:, 1]
-        n_bars = table.n_slots // SLOTS_PER_BAR
-        self.most_bars = torch.where(resets > 0, torch.where(bars <= n_bars, 2**31, -1), n_bars - bars)
+        self.most_bars = table.n_slots // SLOTS_PER_BAR - table.rows[:, 0]
+        self.named, self.sizes, (n_programs, n_pitches) = np.asarray(named), sizes, sizes
+        self.moves = np.array([len(chords) > 1 for chords in notes])
+        width = max(len(chord) for chords in notes for chord in chords) or 1
+        # Places in `Begun.at`, flat: of the first and the last chord; what is not there is the column that stays False.
+        self.opens, self.leaves = np.full((2, len(notes), width), n_pitches)
+        self.pending = np.full(len(notes), n_pitches)  # the pitch whose program was named before
+        self.clashes = np.zeros((n_programs, len(notes)), bool)  # ids that double a note if that program was named
+        for i, chords in enumerate(notes):
+            for places, chord in ((self.opens, chords[0]), (self.leaves, chords[-1])):
+                known = [program * (n_pitches + 1) + pitch for program, pitch in chord if program >= 0]
+                places[i, :len(known)] = known
+            for program, pitch in chords[0]:
+                if program < 0:
+                    self.pending[i] = pitch
+            for program in range(n_programs if max(map(len, chords)) > 1 else 0):
+                told = [[(program if p < 0 else p, pitch) for p, pitch in chord] for chord in chords]
+                self.clashes[program, i] = any(len(set(chord)) < len(chord) for chord in told)
 
-    def allows(self, previous: Tensor, clock: Tensor) -> Tensor:
-        """Ids that may follow `previous` (B,) when the clock (B, 5) has read it: (B, V), one of them at least."""
-        bar, position, unit, length, _ = clock[..., None].unbind(1)
-        position = position.masked_fill(self.is_fresh[previous, None], -1)
+    def start(self, batch: int) -> Begun:
+        return Begun(batch, *self.sizes)
+
+    def read(self, begun: Begun, ids: np.ndarray) -> None:
+        """Take note of one id (B,) a sequence."""
+        rows = np.arange(len(ids))
+        begun.at[rows, begun.program, self.pending[ids]] = True
+        begun.at[self.moves[ids]] = False
+        begun.at.reshape(len(ids), -1)[rows[:, None], self.leaves[ids]] = True
+        begun.at[..., -1] = False
+        named = self.named[ids]
+        begun.program = np.where(named < 0, begun.program, named)
+
+    def allows(self, previous: np.ndarray, clock: np.ndarray, begun: Begun) -> np.ndarray:
+        """Ids that may follow `previous` (B,) when the clock (B, 4) and `begun` have read it: (B, V), one of them at
+        least."""
+        bar, position, unit, length = clock.T[..., None]
+        position = np.where(self.is_fresh[previous, None], -1, position)
         allowed = self.after[self.last[previous]] & (self.is_still | (self.position > position))
-        allowed &= (self.position * unit < length) & (bar <= self.most_bars)
+        allowed &= (self.position * unit < length) & (bar <= self.most_bars) & (self.misses != unit)
+        allowed &= ~(self.clashes[begun.program] | begun.at[np.arange(len(clock)), begun.program][:, self.pending])
+        allowed &= ~begun.at.reshape(len(clock), -1)[:, self.opens.T].any(1)
         allowed[:, EOS] |= ~allowed.any(1)
         return allowed
 
@@ -140,7 +181,7 @@ class Windows:
 
 class TokenStore(Windows):
     """A store on disk, memory-mapped. Raises FileNotFoundError, with what to do, when there is none, ValueError when it
-    is not whole."""
+    is not whole or of another version."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -148,6 +189,9 @@ class TokenStore(Windows):
             raise FileNotFoundError(f"no token store in {self.folder}: run notebooks/02_tokenization_and_dropout "
                                     "first, or mtxlib.data.tokens.build_store")
         meta = json.loads((self.folder / "meta.json").read_text())
+        if meta.get("version") != VERSION:
+            raise ValueError(f"{self.folder}: expected a token store of version {VERSION}, got {meta.get('version')}: "
+                             "an earlier mtxlib wrote it; run notebooks/02_tokenization_and_dropout again")
         self.vocab_size, self.n_bars, self.pieces = meta["vocab_size"], meta["n_bars"], meta["pieces"]
         self.table = SlotTable(meta["slot_table"], self.n_bars)
         self.is_structure = torch.tensor(meta["is_structure"])
@@ -162,10 +206,10 @@ class TokenStore(Windows):
 
 
 def pad_sequences(sequences: list[np.ndarray]) -> Tensor:
-    """Sequences of any length -> (B, T), filled up with PAD, T - 1 being the next multiple of 16: a window is read
-    from all but its last token, and matrices of odd sizes cost a fifth more on a CPU."""
+    """Sequences of any length -> (B, T), filled up with PAD, T - 1 being the next multiple of 8: a window is read
+    from all but its last token, and a GPU's matrix units like no odd sizes. One of 16 would be a tenth of padding."""
     longest = max(map(len, sequences))
-    out = np.full((len(sequences), 1 + -(-(longest - 1) // 16) * 16), PAD, dtype=np.int64)
+    out = np.full((len(sequences), 1 + -(-(longest - 1) // 8) * 8), PAD, dtype=np.int64)
     for row, sequence in zip(out, sequences, strict=True):
         row[:len(sequence)] = sequence
     return torch.from_numpy(out)
@@ -206,7 +250,7 @@ def write_store(folder: str | Path, parts: Iterable[Windows], meta: dict, save: 
                     add(number, array)
             write_headers()
             save(tmp / "tokenizer.json")
-            (tmp / "meta.json").write_text(json.dumps(meta))
+            (tmp / "meta.json").write_text(json.dumps({"version": VERSION, **meta}))
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # another process has put the same store there meanwhile
             os.replace(tmp, folder)

@@ -1,7 +1,7 @@
 """MidiTok at work: scores -> windows of whole bars -> ids, and back; fills the token store.
 
 A window holds the notes that *start* in its bars, with their full lengths, so that windows laid end to end are the
-piece again, without loss. Tokenization happens once a piece (TSD, MMM: once a window), in the base vocabulary; the
+piece again, without loss. Tokenization (REMI, Huang & Yang 2020) happens once a piece, in the base vocabulary; the
 other eleven keys are the same ids with the pitches moved. BPE comes last, and its merges never cross a beat: a token
 never belongs to two latent rows.
 """
@@ -12,15 +12,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib.metadata import version
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import miditok
 import numpy as np
 import symusic
-from miditok import MusicTokenizer, TokenizerConfig, TokSequence
+from miditok import REMI, TokenizerConfig, TokSequence
 from symusic import Score
 from tqdm.auto import tqdm
 
@@ -28,6 +27,7 @@ from mtxlib.config import BOS, EOS, N_SPECIAL, Config, DataConfig
 from mtxlib.data.store import (
     ARRAYS,
     SPLITS,
+    VERSION,
     Grammar,
     SlotTable,
     TokenStore,
@@ -38,60 +38,54 @@ from mtxlib.data.store import (
 )
 from mtxlib.files import atomic, brief
 from mtxlib.music.corpus import Piece
-from mtxlib.music.score import MAX_BEATS, METRES, TEMPO, TPQ, VOICES, bar_starts, cut, window_bars
+from mtxlib.music.score import MAX_BEATS, METRES, TEMPI, TEMPO, TPQ, VOICES, bar_starts, window_bars
 from mtxlib.processes import apart, cores
 
 PITCHES = (21, 109)  # the piano's range; the upper end is excluded
 KEYS = range(-5, 7)  # semitones of transposition: each of the twelve keys once
-VERSION = 3  # of what a store holds; raise it when that changes
 SAMPLE = 5000  # windows that BPE learns from, at most
 SHARD = 500  # bars a process tokenizes at once: with twelve keys and hop 1 up to 6,000 windows
 SPACE = "\u2581"  # stands before every beat in the BPE model of MidiTok
 
 
-def make_tokenizer(name: str = "REMI", programs: Iterable[int] = (52, 53, 54, 42)) -> MusicTokenizer:
-    """A MidiTok tokenizer on the grid of sixteenths, without velocities, one stream for all voices.
-
-    name: REMI, TSD or MMM (voices one after the other). programs: MIDI programs to tell apart, -1 for drums.
-    """
-    extra = {"base_tokenizer": "REMI"} if name == "MMM" else {}
-    return getattr(miditok, name)(TokenizerConfig(
-        pitch_range=PITCHES, beat_res={(0, MAX_BEATS): 4}, use_velocities=False, use_programs=True,
+def make_tokenizer(programs: Iterable[int] = (52, 53, 54, 42), grid: int = 4, velocities: int = 0,
+                   tempos: int = 0) -> REMI:
+    """A MidiTok tokenizer, one stream for all voices. programs: MIDI programs to tell apart, -1 for drums; grid,
+    velocities and tempos as in `music.score.normalise`."""
+    extra = {"num_velocities": velocities} if velocities else {}
+    if tempos:
+        extra |= {"use_tempos": True, "num_tempos": tempos, "tempo_range": TEMPI, "log_tempos": True}
+    return REMI(TokenizerConfig(
+        pitch_range=PITCHES, beat_res={(0, MAX_BEATS): grid}, use_velocities=velocities > 0, use_programs=True,
         one_token_stream_for_programs=True, programs=sorted(programs), use_pitchdrum_tokens=-1 in programs,
         use_time_signatures=True, time_signature_range={unit: list(beats) for unit, beats in METRES.items()},
         special_tokens=["PAD", "BOS", "EOS", "MASK"], encode_ids_split="beat", **extra))
 
 
-def load_tokenizer(path: str | Path) -> MusicTokenizer:
-    """The tokenizer that `tokenizer.save` wrote; its class is named in the file. Raises ValueError if it is not one."""
+def load_tokenizer(path: str | Path) -> REMI:
+    """The tokenizer that `tokenizer.save` wrote. Raises ValueError if it is not one."""
     try:
         name = json.loads(Path(path).read_text())["tokenization"]
-        if name not in FOLLOWS:
-            raise ValueError(f"tokenization: expected one of {', '.join(FOLLOWS)}, got {name!r}")
-        return getattr(miditok, name)(params=path)
+        if name != "REMI":
+            raise ValueError(f"tokenization: expected REMI, got {name!r}")
+        return REMI(params=path)
     except Exception as e:  # MidiTok and tokenizers raise of every kind on a file of another shape
         raise ValueError(f"{path}: expected a tokenizer saved by MidiTok, got something else ({brief(e)})") from e
 
 
-def base_ids(tokenizer: MusicTokenizer, score: Score) -> np.ndarray:
+def base_ids(tokenizer: REMI, score: Score) -> np.ndarray:
     """Ids in the base vocabulary, without BPE and without BOS and EOS."""
-    sequence = tokenizer.encode(score, encode_ids=False)
-    return np.array(sequence.ids if isinstance(sequence, TokSequence) else sequence[0].ids, dtype=np.int64)
+    return np.array(tokenizer.encode(score, encode_ids=False).ids, dtype=np.int64)
 
 
-def window_ids(tokenizer: MusicTokenizer, score: Score, starts: list[int], bars: list[int],
+def window_ids(tokenizer: REMI, score: Score, starts: list[int], bars: list[int],
                n_bars: int) -> Iterator[tuple[int, np.ndarray]]:
     """(first bar, base ids) of the windows at `bars` that hold a note."""
-    if type(tokenizer).__name__ != "REMI":
-        for bar in bars:
-            window = cut(score, starts, bar, n_bars)
-            if window.note_num():
-                yield bar, base_ids(tokenizer, window)
-        return
-    # In REMI every bar is written as `Bar TimeSig …`, whatever stands around it; a sequence ends with its last note or,
-    # if later, its last change of metre.
+    # Every bar is written as `Bar TimeSig …`, whatever stands around it; a sequence ends with its last note or, if
+    # later, its last change of metre or tempo.
     ids = base_ids(tokenizer, score)
-    is_length = np.isin(ids, [i for name, i in tokenizer.vocab.items() if name.startswith("Duration")])
+    is_length, is_tempo = (np.isin(ids, [i for name, i in tokenizer.vocab.items() if name.startswith(kind)])
+                           for kind in ("Duration", "Tempo"))
     lines = np.flatnonzero(ids == tokenizer.vocab["Bar_None"])
     bounds = np.append(lines, [len(ids)] * (n_bars + len(starts)))
     for bar in bars:
@@ -100,7 +94,18 @@ def window_ids(tokenizer: MusicTokenizer, score: Score, starts: list[int], bars:
         if len(notes):
             metres = lines[bar:bar + n_bars] + 1
             changes = metres[1:][np.diff(ids[metres]) != 0]
-            yield bar, ids[begin:max([begin + notes[-1], *changes[-1:]]) + 1]
+            last = max([begin + notes[-1], *changes[-1:], *(begin + np.flatnonzero(is_tempo[begin:end])[-1:])])
+            window, before = ids[begin:last + 1], np.flatnonzero(is_tempo[:begin])[-1:]
+            yield bar, with_tempo(tokenizer, window, ids[before[0]]) if len(before) else window
+
+
+def with_tempo(tokenizer: REMI, window: np.ndarray, tempo: int) -> np.ndarray:
+    """The base ids of a window that says at its first position what tempo is in force."""
+    start, at = tokenizer.vocab["Position_0"], 2  # behind `Bar TimeSig`
+    if len(window) == at or window[at] != start:
+        return np.insert(window, at, [start, tempo])
+    is_told = tokenizer[int(window[at + 1])].startswith("Tempo")
+    return window if is_told else np.insert(window, at + 1, tempo)
 
 
 class Codec:
@@ -109,16 +114,17 @@ class Codec:
     `names` are the base tokens, `expansion[i]` the base ids that id i stands for.
     """
 
-    def __init__(self, tokenizer: MusicTokenizer, n_bars: int):
+    def __init__(self, tokenizer: REMI, n_bars: int):
         self.tokenizer, self.n_bars = tokenizer, n_bars
         self.names = [name for name, _ in sorted(tokenizer.vocab.items(), key=lambda item: item[1])]
         self.kinds = np.array([name.split("_")[0] for name in self.names])
         self.bytes = np.array([tokenizer._vocab_base_id_to_byte[i] for i in range(len(self.names))])
-        self.beats = np.array([beat_of(name) for name in self.names])
+        self.grid = tokenizer.config.max_num_pos_per_beat  # positions a beat
+        self.beats = np.array([beat_of(name, self.grid) for name in self.names])
         self.opens = self.kinds != "Position"
         self.expansion = self._expansion()
         self.vocab_size = len(self.expansion)
-        self.table = SlotTable([slot_row([self.names[i] for i in ids]) for ids in self.expansion], n_bars)
+        self.table = SlotTable([slot_row([self.names[i] for i in ids], self.grid) for ids in self.expansion], n_bars)
         self.grammar = self._grammar()
         timing = np.isin(self.kinds, TIMING)
         self.is_structure = np.array([bool(ids) and all(timing[i] for i in ids) for ids in self.expansion])
@@ -131,21 +137,27 @@ class Codec:
         return [[base[char] for char in text if char != SPACE] for text, _ in learned]
 
     def _grammar(self) -> Grammar:
-        follows = FOLLOWS[type(self.tokenizer).__name__]
+        note = "Velocity" if self.tokenizer.config.use_velocities else "Duration"
+        follows = FOLLOWS | {"Pitch": note, "PitchDrum": note}
         kinds = list(follows)
-        kind_of = [kinds.index(kind_name(name)) if kind_name(name) in follows else kinds.index("PAD")
-                   for name in self.names]
+        kind_of = [kinds.index(kind) if kind in follows else kinds.index("PAD") for kind in self.kinds]
         ends = []
         for ids in self.expansion:
-            times = [i for i in ids if self.kinds[i] in TIMING]
-            jumps = times and self.kinds[times[0]] == "Position"
-            ends.append([kind_of[ids[0]], kind_of[ids[-1]], int(self.names[times[0]][9:]) if jumps else -1]
-                        if ids else [kinds.index("PAD"), kinds.index("PAD"), -1])
+            found = takewhile(lambda name: not name.startswith("TimeSig"), (self.names[i] for i in ids))
+            times = [name for name in found if beat_of(name, self.grid) >= 0]
+            at = [int(name[9:]) if name.startswith("Position") else -1 for name in times] or [-1]
+            first, last = (kind_of[ids[0]], kind_of[ids[-1]]) if ids else [kinds.index("PAD")] * 2
+            is_odd = any(position > 0 and position % 2 for position in at)  # between two of the grid, where an eighth beats
+            ends.append([first, last, at[0], is_odd * 24 // self.grid])
         may = np.array([[b in follows[a].split() for b in kinds] for a in kinds])
-        return Grammar(ends, may, [kinds.index(k) for k in ("Bar", "TimeSig") if k in kinds], self.table)
+        programs, pitches = ({name: i for i, name in enumerate(n for n in self.names if n.startswith(kind))}
+                             for kind in ("Program_", "Pitch"))
+        written = [chords_of([self.names[i] for i in ids], programs, pitches) for ids in self.expansion]
+        return Grammar(ends, may, [kinds.index("Bar"), kinds.index("TimeSig")], self.table, *zip(*written, strict=True),
+                       (len(programs), len(pitches)))
 
     def cuts(self, ids: np.ndarray) -> list[int]:
-        """Where a new beat, bar, voice or time shift begins in base ids: BPE merges stay between two cuts."""
+        """Where a new beat or bar begins in base ids: BPE merges stay between two cuts."""
         beats = self.beats[ids]
         marks = np.flatnonzero(beats >= 0)
         beats = beats[marks]
@@ -192,7 +204,8 @@ class Codec:
         """Ids -> the window they stand for, in normal form. MidiTok skips tokens that make no note."""
         base = self.expand(ids)
         score = self.tokenizer.decode(TokSequence(ids=base, tokens=[self.names[i] for i in base])).resample(TPQ)
-        score.tempos = symusic.core.TempoTickList([symusic.Tempo(0, TEMPO)])
+        if not self.tokenizer.config.use_tempos:
+            score.tempos = symusic.core.TempoTickList([symusic.Tempo(0, TEMPO)])
         for track in score.tracks:
             track.name = VOICES.get(track.program, track.name)
         return score
@@ -207,49 +220,46 @@ class Codec:
         return out
 
 
-TIMING = ("Bar", "Position", "TimeSig", "TimeShift", "Track")
-_NOTE = {"Pitch": "Duration", "PitchDrum": "Duration", "PAD": "", "MASK": ""}
-# What may come after each kind of base token.
-FOLLOWS = {
-    "REMI": {"BOS": "Bar", "Bar": "TimeSig", "TimeSig": "Position Bar EOS", "Position": "Program",
-             "Program": "Pitch PitchDrum", "Duration": "Program Position Bar EOS", "EOS": "EOS", **_NOTE},
-    "TSD": {"BOS": "TimeSig", "TimeSig": "Program TimeShift EOS", "TimeShift": "Program TimeShift TimeSig",
-            "Program": "Pitch PitchDrum", "Duration": "Program TimeShift EOS", "EOS": "EOS", **_NOTE},
-    "MMM": {"BOS": "Track_Start", "Track_Start": "Program", "Program": "Bar", "Bar": "TimeSig",
-            "TimeSig": "Position Bar Track_End", "Position": "Pitch PitchDrum",
-            "Duration": "Pitch PitchDrum Position Bar Track_End", "Track_End": "Track_Start EOS", "EOS": "EOS",
-            **_NOTE},
+TIMING = ("Bar", "Position", "TimeSig")
+FOLLOWS = {  # what may come after each kind of base token
+    "BOS": "Bar", "Bar": "TimeSig", "TimeSig": "Position Bar EOS", "Position": "Tempo Program",
+    "Tempo": "Program Position Bar EOS", "Program": "Pitch PitchDrum", "Pitch": "Duration", "PitchDrum": "Duration",
+    "Velocity": "Duration", "Duration": "Program Position Bar EOS",
+    "EOS": "EOS", "PAD": "", "MASK": "",
 }
 
 
-def kind_name(name: str) -> str:
-    """The kind of a base token as `FOLLOWS` calls it."""
-    return name if name.startswith("Track") else name.split("_")[0]
-
-
-def beat_of(name: str) -> int:
-    """The beat in the bar a base token moves to; 0 where it opens something; -1 where it moves nothing."""
+def beat_of(name: str, grid: int) -> int:
+    """The beat in the bar a base token moves to; -1 where it moves nothing."""
     kind, _, value = name.partition("_")
-    return int(value) // 4 if kind == "Position" else 0 if kind in ("Bar", "TimeShift", "Track") else -1
+    return int(value) // grid if kind == "Position" else 0 if kind == "Bar" else -1
 
 
-def slot_row(names: list[str]) -> list[int]:
-    """What base tokens, one after the other, do to the clock: the row of `SlotTable`."""
-    resets, bars, position, unit, length, shift = 0, 0, -1, 0, 0, 0
+def slot_row(names: list[str], grid: int) -> list[int]:
+    """What base tokens, one after the other, do to the clock of `grid` positions a beat: the row of `SlotTable`."""
+    bars, position, unit, length = 0, -1, -1, -1
     for kind, _, value in (name.partition("_") for name in names):
-        if kind == "Track" and value == "Start":
-            resets, bars, position, shift = 1, 0, 0, 0
-        elif kind == "Bar":
-            bars, position, shift = bars + 1, 0, 0
+        if kind == "Bar":
+            bars, position = bars + 1, 0
         elif kind == "Position":
             position = int(value)
         elif kind == "TimeSig":
             beats, denominator = map(int, value.split("/"))
-            unit, length = 8 // denominator, beats * 32 // denominator
-        elif kind == "TimeShift":
-            beats, positions, per_beat = map(int, value.split("."))
-            shift += beats * 4 + positions * 4 // per_beat
-    return [resets, bars, position, unit, length, shift]
+            unit, length = 192 // denominator // grid, beats * 192 // denominator
+    return [bars, position, unit, length]
+
+
+def chords_of(names: list[str], programs: dict[str, int], pitches: dict[str, int]) -> tuple[list[list], int]:
+    """The notes that base tokens begin, as `Grammar` wants them, and the program that is named last."""
+    chords, program = [[]], -1
+    for name in names:
+        if beat_of(name) >= 0:
+            chords.append([])
+        elif name in programs:
+            program = programs[name]
+        elif name in pitches:
+            chords[-1].append((program, pitches[name]))
+    return chords, program
 
 
 class Cut(NamedTuple):
@@ -261,7 +271,7 @@ class Cut(NamedTuple):
     ids: np.ndarray  # base ids
 
 
-def cut_pieces(tokenizer: MusicTokenizer, pieces: Iterable[Piece], n_bars: int, hop: int) -> Iterator[Cut]:
+def cut_pieces(tokenizer: REMI, pieces: Iterable[Piece], n_bars: int, hop: int) -> Iterator[Cut]:
     """All windows: every `hop` bars of a training piece, every `n_bars` of the others, and one that ends the piece."""
     for number, piece in enumerate(pieces):
         score = Score(piece.path)
@@ -283,11 +293,11 @@ def in_all_keys(codec: Codec, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray
 def store_folder(config: Config, pieces: list[Piece]) -> Path:
     """Where the store of these pieces under this configuration lies; any change of either gives another folder."""
     data = config.data
-    what = [VERSION, version("miditok"), data.tokenizer, data.bpe_vocab, data.n_bars, data.hop, data.transpose,
+    what = [VERSION, version("miditok"), data.form, data.bpe_vocab, data.n_bars, data.hop, data.transpose,
             config.model.max_tokens,
             [(p.name, p.source, p.split, hashlib.sha256(p.path.read_bytes()).hexdigest()) for p in pieces]]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
-    return Path(data.data_dir) / "stores" / f"{data.source}-{data.tokenizer}{data.bpe_vocab or ''}-{digest}"
+    return Path(data.data_dir) / "stores" / f"{data.source}-REMI{data.bpe_vocab or ''}-{digest}"
 
 
 def build_store(config: Config, pieces: list[Piece], workers: int | None = None) -> TokenStore:
@@ -309,7 +319,7 @@ def build_store(config: Config, pieces: list[Piece], workers: int | None = None)
     try:
         tokenizer = parts / "tokenizer.json"
         if not tokenizer.exists():
-            codec = Codec(make_tokenizer(data.tokenizer, programs_of(pieces)), data.n_bars)
+            codec = Codec(make_tokenizer(programs_of(pieces), data.grid, data.velocities, data.tempos), data.n_bars)
             atomic(tokenizer, (codec.learn_bpe(sample(codec, pieces, data), data.bpe_vocab) if data.bpe_vocab
                                else codec).tokenizer.save)
         shards = [(str(parts / f"{i:06}.npz"), str(tokenizer), part, data.n_bars, data.hop, data.transpose,

@@ -4,25 +4,14 @@ Everything here is tokens and tensors; `run.py` makes scores of them. The clock 
 window the next token stands, so decoding needs no tokenizer.
 """
 
-from contextlib import contextmanager
-
+import numpy as np
 import torch
 from torch import Tensor
 
-from mtxlib.config import BOS, EOS, N_SPECIAL
+from mtxlib.config import BOS, EOS, MASK, PAD
 from mtxlib.data.store import Grammar, SlotTable
+from mtxlib.model.layers import without_onednn
 from mtxlib.model.vae import MusicVAE
-
-
-@contextmanager
-def without_onednn():
-    """Within it PyTorch uses its own kernels on a CPU: oneDNN's GELU of one token takes 40 microseconds, theirs one."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
 
 
 @torch.inference_mode()
@@ -36,47 +25,58 @@ def decode(model: MusicVAE, table: SlotTable, z: Tensor, is_live: Tensor | None 
     ids that cannot follow. `begin` gives each the ids it goes on from, BOS first. A sequence that has ended leaves the
     batch, so the longest does not pay for all.
     """
-    device = z.device
-    generator = torch.Generator(device).manual_seed(seed)
+    device, generator = z.device, torch.Generator(z.device).manual_seed(seed)
     is_live = torch.ones(z.shape[:2], dtype=torch.bool, device=device) if is_live is None else is_live
-    decoding = model.begin(z, is_live, max_tokens)
     begin = begin or [[BOS]] * len(z)
-    out = torch.full((len(z), max_tokens), EOS, device=device)
-    given = torch.tensor([len(ids) for ids in begin], device=device)
-    for i, ids in enumerate(begin):
-        out[i, :len(ids)] = torch.as_tensor(ids)
-    never = torch.tensor([i for i in range(N_SPECIAL) if i != EOS], device=device)
-    rows, clock, common = torch.arange(len(z), device=device), table.start(len(z)), int(given.min())
-    if common > 1:  # what all begin with is read at once
-        clock, slots = read(table, clock, out[:, :common - 1].cpu())
-        model.proceed(out[:, :common - 1], slots.to(device), decoding)
-    ids = out[:, common - 1]
+    given = np.array([len(ids) for ids in begin])
+    out, common = np.full((len(z), max_tokens), EOS), int(given.min())
+    for row, ids in zip(out, begin, strict=True):
+        row[:len(ids)] = ids
+    rows, decoding, place = np.arange(len(z)), model.begin(z, is_live, max_tokens), Place(table, grammar, len(z))
+    # What all begin with is read at once.
+    ids, slots = out[:, :common], np.stack([place.read(column) for column in out[:, :common].T], 1)
     for t in range(common, max_tokens):
-        previous = ids.cpu()
-        clock, slots = table.advance(clock, previous)
-        logits = model.proceed(ids[:, None], slots.to(device)[:, None], decoding)[:, -1].float()
-        logits.index_fill_(1, never, -torch.inf)
-        if grammar:
-            logits = logits.masked_fill(~grammar.allows(previous, clock).to(device), -torch.inf)
-        chosen = choose(logits, temperature, top_p, generator).masked_fill(ids == EOS, EOS)
-        ids = torch.where(t < given[rows], out[rows, t], chosen)
+        logits = model.proceed(*torch.from_numpy(np.stack([ids, slots])).to(device), decoding).float()
+        logits = logits.masked_fill(torch.from_numpy(place.forbids(logits.shape[1])).to(device), -torch.inf)
+        chosen = choose(logits, temperature, top_p, generator).cpu().numpy()
+        ids = np.where(t < given[rows], out[rows, t], np.where(place.previous == EOS, EOS, chosen))
         out[rows, t] = ids
-        going = (ids != EOS).nonzero()[:, 0]
+        going = np.flatnonzero(ids != EOS)
         if len(going) == 0:
             break
         if len(going) <= 0.8 * len(rows):  # copying the caches pays when enough sequences leave
-            rows, ids, clock = rows[going], ids[going], clock[going.cpu()]
-            decoding.keep(going)
+            rows, ids = rows[going], ids[going]
+            place.keep(going)
+            decoding.keep(torch.from_numpy(going).to(device))
+        ids, slots = ids[:, None], place.read(ids)[:, None]
     return [cut_after_eos(ids) for ids in out.tolist()]
 
 
-def read(table: SlotTable, clock: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The clock (B, 5) after ids (B, T), and their slots (B, T)."""
-    columns = []
-    for column in ids.unbind(1):
-        clock, slots = table.advance(clock, column)
-        columns.append(slots)
-    return clock, torch.stack(columns, 1)
+class Place:
+    """Where each of B sequences stands: its last id, its clock, and the notes it has begun there."""
+
+    def __init__(self, table: SlotTable, grammar: Grammar | None, batch: int):
+        self.table, self.grammar, self.clock = table, grammar, table.start(batch)
+        self.begun = grammar and grammar.start(batch)
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """One id a sequence (B,) -> their slots (B,)."""
+        self.previous, (self.clock, slots) = ids, self.table.advance(self.clock, ids)
+        if self.grammar:
+            self.grammar.read(self.begun, ids)
+        return slots
+
+    def forbids(self, n: int) -> np.ndarray:
+        """Which of n ids may not follow: (B, n), or (1, n) without a grammar."""
+        if self.grammar:
+            return ~self.grammar.allows(self.previous, self.clock, self.begun)
+        return np.isin(np.arange(n), (PAD, BOS, MASK))[None]
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Go on with the sequences at `rows` only."""
+        self.clock = self.clock[rows]
+        if self.grammar:
+            self.begun.keep(rows)
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
@@ -93,8 +93,7 @@ def cut_after_eos(ids: list[int]) -> list[int]:
 
 
 def prior_latents(model: MusicVAE, n: int, n_tokens: int, seed: int = 0) -> Tensor:
-    """z ~ N(0, 1), (n, S, C). `n_tokens` sets S for bottlenecks whose rows follow the tokens (conv, linear2d)."""
+    """z from the model's own prior, (n, S, C). `n_tokens` sets S where the rows follow the tokens (conv, linear2d)."""
     rows = model.bottleneck.n_rows(n_tokens) if model.bottleneck else 0
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(n, rows, model.config.latent_channels, generator=generator, device=device)
+    return model.sample_prior(n, rows, torch.Generator(device).manual_seed(seed))

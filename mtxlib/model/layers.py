@@ -1,11 +1,13 @@
 """Transformer layers; they know no music.
 
 Pre-norm blocks, rotary positions on queries and keys (Su 2021, RoFormer), PyTorch's scaled dot product attention, and
-a key-value cache that grows in place while decoding. Nothing is masked by adding numbers: `may_attend` is a boolean
+a key-value cache for decoding. Nothing is masked by adding numbers: `may_attend` is a boolean
 tensor, True where a query may look at a key.
 
 Shapes: B batch, T queries, K keys, D width, H heads.
 """
+
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,7 @@ def rotation(start: int, end: int, channels: int, like: Tensor) -> tuple[Tensor,
 def rotary(x: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair of channels of x (B, H, T, E) by an angle that grows with its position, `by` a `rotation`."""
     cos, sin = by
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([b, a], dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor | None = None, causal: bool = False,
@@ -47,33 +48,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor | None = None, ca
     return y.transpose(1, 2).flatten(2)
 
 
-class Cache:
-    """Keys and values of one attention layer, written in place: a step costs no copy of the past."""
-
-    def __init__(self, batch: int, heads: int, size: int, channels: int, like: Tensor):
-        self.k = torch.zeros(batch, heads, size, channels, device=like.device, dtype=like.dtype)
-        self.v = torch.zeros_like(self.k)
-        self.cos, self.sin = rotation(0, size, channels, like)
-        self.length = 0
-
-    def rotation(self, n: int) -> tuple[Tensor, Tensor]:
-        """`rotation` of the next n positions. Raises ValueError when there is no room for them."""
-        end = self.length + n
-        if end > len(self.cos):
-            raise ValueError(f"the cache holds {len(self.cos)} positions, got {end}: make a larger one")
-        return self.cos[self.length:end], self.sin[self.length:end]
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + k.shape[2]
-        self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop the sequences that are finished: keep those at `rows` (indices into the batch)."""
-        self.k, self.v = self.k[rows], self.v[rows]
-
-
 class SelfAttention(nn.Module):
     def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0):
         super().__init__()
@@ -81,17 +55,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, x: Tensor, may_attend: Tensor | None = None, causal: bool = False,
-                cache: Cache | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D). `may_attend` (B, 1, 1 or T, K). With a cache, x continues what it holds."""
-        T, start = x.shape[1], cache.length if cache else 0
+    def forward(self, x: Tensor, may_attend: Tensor | None = None, causal: bool = False) -> Tensor:
+        """x (B, T, D) -> (B, T, D). `may_attend` (B, 1, 1 or T, K)."""
         qk, v = split_heads(self.qkv(x), 3 * self.n_heads).split((2 * self.n_heads, self.n_heads), dim=1)
-        q, k = rotary(qk, cache.rotation(T) if cache else rotation(0, T, qk.shape[-1], qk)).chunk(2, dim=1)
-        if cache:
-            if start and T > 1:
-                raise ValueError(f"a filled cache takes one position at a time, got {T}")
-            k, v = cache.append(k, v)
-            causal = causal and start == 0
+        q, k = rotary(qk, rotation(0, x.shape[1], qk.shape[-1], qk)).chunk(2, dim=1)
         return self.out(attend(q, k, v, may_attend, causal, self.dropout if self.training else 0.0))
 
 
@@ -153,9 +120,84 @@ class DecoderBlock(nn.Module):
         self.mlp = MLP(d_model)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, memory: tuple[Tensor, Tensor] | None = None, may_attend: Tensor | None = None,
-                cache: Cache | None = None) -> Tensor:
-        x = x + self.drop(self.attention(self.norm1(x), causal=True, cache=cache))
+    def forward(self, x: Tensor, memory: tuple[Tensor, Tensor] | None = None,
+                may_attend: Tensor | None = None) -> Tensor:
+        x = x + self.drop(self.attention(self.norm1(x), causal=True))
         if self.cross is not None:
             x = x + self.drop(self.cross(self.norm2(x), memory, may_attend))
         return x + self.drop(self.mlp(self.norm3(x)))
+
+
+@contextmanager
+def without_onednn():
+    """Within it PyTorch uses its own kernels on a CPU: oneDNN's GELU of one token takes 40 microseconds, theirs one."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+class Cache:
+    """A stack of `DecoderBlock`s that reads a few tokens at a time: their weights, and the keys and values of all that
+    they have read, for `size` tokens of `batch` sequences.
+
+    It computes what the blocks do, without dropout, in as few operations as there are: of one token, each costs more in
+    being called than in computing. The channels of queries and keys are laid out so that a complex product turns them.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, batch: int, size: int, memory: list | None = None,
+                 may_attend: Tensor | None = None):
+        weight, H = blocks[0].attention.qkv.weight, blocks[0].attention.n_heads
+        D = weight.shape[1]
+        pairs = torch.arange(D, device=weight.device).view(H, 2, -1).transpose(1, 2).flatten()
+        order = torch.cat([pairs, pairs + D, torch.arange(2 * D, 3 * D, device=weight.device)])
+        self.layers = [(norm_of(block.norm1), block.attention.qkv.weight[order], block.attention.out.weight.t(),
+                        block.cross and (norm_of(block.norm2), block.cross.q.weight, block.cross.out.weight.t()),
+                        norm_of(block.norm3), block.mlp.up.weight, block.mlp.down.weight.t()) for block in blocks]
+        self.size, self.length = size, 0
+        self.memory, self.may_attend = memory or [None] * len(blocks), may_attend
+        self.kept = torch.zeros(len(blocks), batch, 2, H, size, D // H, device=weight.device, dtype=weight.dtype)
+        half = D // H // 2
+        angle = torch.arange(size, device=weight.device)[:, None] * 10_000.0 ** (
+            -torch.arange(half, device=weight.device) / half)
+        turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+        self.turn = torch.stack([turn, turn, torch.ones_like(turn)], 1)  # of queries, keys, values: (size, 3, 1, E / 2)
+
+    def read(self, x: Tensor, added: list[Tensor] | None = None) -> Tensor:
+        """x (B, T, D), which follows what was read, and what each layer adds to it -> (B, T, D). Several tokens can be
+        read at once at the beginning only. Raises ValueError when there is no room for them, or at another time."""
+        (B, T, D), start, end = x.shape, self.length, self.length + x.shape[1]
+        if end > self.size or start and T > 1:
+            raise ValueError(f"the cache holds {self.size} positions and, when filled, takes one at a time: got {T} "
+                             f"after {start}")
+        self.length, H, x = end, self.kept.shape[3], x.flatten(0, 1)
+        for i, (norm1, qkv, out, cross, norm3, up, down) in enumerate(self.layers):
+            if added is not None:
+                x = x + added[i]
+            q_k_v = F.linear(torch.layer_norm(x, *norm1), qkv).view(B, T, 3, H, -1, 2)
+            q_k_v = torch.view_as_real(torch.view_as_complex(q_k_v) * self.turn[start:end]).flatten(-2).transpose(1, 3)
+            self.kept[i, :, :, :, start:end] = q_k_v[:, :, 1:].transpose(1, 2)
+            k, v = self.kept[i, :, :, :, :end].unbind(1)
+            y = F.scaled_dot_product_attention(q_k_v[:, :, 0], k, v, is_causal=T > 1)
+            x = torch.addmm(x, y.transpose(1, 2).reshape(B * T, D), out)
+            if cross is not None:
+                norm2, to_q, out = cross
+                q = F.linear(torch.layer_norm(x, *norm2), to_q).view(B, T, H, -1).transpose(1, 2)
+                y = F.scaled_dot_product_attention(q, *self.memory[i], self.may_attend)
+                x = torch.addmm(x, y.transpose(1, 2).reshape(B * T, D), out)
+            x = torch.addmm(x, F.gelu(F.linear(torch.layer_norm(x, *norm3), up)), down)
+        return x.view(B, T, D)
+
+    def keep(self, rows: Tensor) -> "Cache":
+        """Go on with the sequences at `rows` (indices into the batch) only."""
+        self.kept = self.kept[:, rows]
+        self.memory = [m and (m[0][rows], m[1][rows]) for m in self.memory]
+        self.may_attend = self.may_attend[rows] if self.may_attend is not None else None
+        return self
+
+
+def norm_of(norm: nn.LayerNorm) -> tuple:
+    """What `torch.layer_norm` wants after x."""
+    return norm.normalized_shape, norm.weight, norm.bias, norm.eps

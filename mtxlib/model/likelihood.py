@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mtxlib.config import PAD
 from mtxlib.data.store import Windows
-from mtxlib.model.losses import kl_per_dim, reconstruction
+from mtxlib.model.losses import entropy, kl_per_dim, reconstruction
 from mtxlib.model.vae import MusicVAE, Posterior
 
 
@@ -23,10 +23,16 @@ class Measured:
     n_tokens: Tensor  # (N,) tokens that are predicted
     recon: Tensor  # (N,) nats, z sampled from the window's own posterior
     recon_shuffled: Tensor  # (N,) nats, z sampled from the posterior of a window of another piece
-    recon_prior: Tensor  # (N,) nats, z from N(0, 1)
+    recon_prior: Tensor  # (N,) nats, z from the prior
     mu: Tensor  # (N, S, C)
     logvar: Tensor  # (N, S, C)
     is_live: Tensor  # (N, S)
+    to_joint: Tensor | None = None  # (N,) nats, KL to a joint prior by one sample each; None where there is none
+
+    @property
+    def rate(self) -> Tensor:
+        """(N,) nats, KL to the prior that the model was trained with."""
+        return self.kl.sum((1, 2)) if self.to_joint is None else self.to_joint
 
     @property
     def kl(self) -> Tensor:
@@ -49,7 +55,7 @@ class Measured:
 
     def summary(self) -> dict[str, float]:
         return {
-            "recon": float(self.recon.mean()), "kl": float(self.kl.sum((1, 2)).mean()),
+            "recon": float(self.recon.mean()), "kl": float(self.rate.mean()),
             "recon_per_token": self.per_token(self.recon),
             "delta_nll_shuffled": self.per_token(self.recon_shuffled - self.recon),
             "active_units": self.active_units(),
@@ -82,7 +88,7 @@ def measure(model: MusicVAE, store: Windows, indices: np.ndarray, *, batch_size:
     z = model.reparameterize(posterior, generator)
     partner = torch.from_numpy(other_pieces(store.windows["piece"][indices])).to(device)
     latents = {"recon": (z, posterior.is_live), "recon_shuffled": (z[partner], posterior.is_live[partner]),
-               "recon_prior": (torch.randn(z.shape, generator=generator, device=device), posterior.is_live)}
+               "recon_prior": (model.sample_prior(*z.shape[:2], generator), posterior.is_live)}
     nats: dict[str, list] = {name: [] for name in latents}
     for n, batch in enumerate(batches):
         part = slice(n * batch_size, n * batch_size + len(batch.ids))
@@ -95,6 +101,8 @@ def measure(model: MusicVAE, store: Windows, indices: np.ndarray, *, batch_size:
     back = torch.from_numpy(np.argsort(order)).to(device)
     n_tokens = torch.from_numpy(store.lengths[indices] - 1).to(device)
     tensors = [n_tokens, *(torch.cat(nats[name]) for name in latents), *posterior]
+    if model.prior is not None:
+        tensors.append((model.prior.window_nats(z) - entropy(posterior.logvar)).sum(1))
     return Measured(*(x[back].cpu() for x in tensors))
 
 

@@ -25,8 +25,8 @@ class Terms(NamedTuple):
 
 def reconstruction(logits: Tensor, targets: Tensor, is_pad: Tensor) -> Tensor:
     """Cross-entropy of logits (B, T, V) against targets (B, T), summed over real tokens: (B,) nats."""
-    nats = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
-    return nats.masked_fill(is_pad, 0.0).sum(1)
+    nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return nats.view(targets.shape).masked_fill(is_pad, 0.0).sum(1)
 
 
 def kl_per_dim(mu: Tensor, logvar: Tensor, is_live: Tensor) -> Tensor:
@@ -34,6 +34,17 @@ def kl_per_dim(mu: Tensor, logvar: Tensor, is_live: Tensor) -> Tensor:
     mu, logvar = mu.float(), logvar.float()
     kl = 0.5 * (mu.square() + logvar.exp() - 1.0 - logvar)
     return kl.masked_fill(~is_live[..., None], 0.0)
+
+
+def entropy(logvar: Tensor) -> Tensor:
+    """Of N(mu, exp logvar), summed over the channels of each row: logvar (B, S, C) -> (B, S) nats."""
+    return 0.5 * (logvar.float() + 1 + math.log(2 * math.pi)).sum(-1)
+
+
+def normal_share(step: int, warmup: int) -> float:
+    """Share of the KL to N(0, I), beside that to a joint prior: from 1 to 0.1 over `warmup` steps, so that the latent
+    keeps its size while the prior still learns where it lies."""
+    return max(0.1, 1 - 0.9 * step / max(1, warmup))
 
 
 def with_free_bits(kl: Tensor, free_bits: float) -> Tensor:
@@ -45,7 +56,7 @@ def with_free_bits(kl: Tensor, free_bits: float) -> Tensor:
     return kl.mean(0).clamp(min=free_bits).sum()
 
 
-def objective(recon: Tensor, kl: Tensor, beta: float, *, free_bits: float = 0.0, target_rate: float = 0.0,
+def objective(recon: Tensor, kl: Tensor, beta: float | Tensor, *, free_bits: float = 0.0, target_rate: float = 0.0,
               recon_scale: str = "sequence", n_tokens: Tensor | None = None) -> Terms:
     """loss = recon + beta * kl_loss.
 
@@ -73,13 +84,13 @@ def beta_at(step: int, schedule: str, beta_max: float, warmup: int) -> float:
     return beta_max * min(1.0, step / warmup if schedule == "linear" else 2 * (step % warmup) / warmup)
 
 
-def steer(beta: float, kl: float, target_rate: float, beta_max: float, gain: float = 0.02) -> float:
+def steer(beta: Tensor, kl: Tensor, target_rate: float, beta_max: float, gain: float = 0.02) -> Tensor:
     """The next beta of schedule `rate`: more where the KL of a batch lies above the target, less where it lies below.
 
     An integral controller in log beta, after ControlVAE (Shao 2020): unlike |KL - C| it never rewards nats that the
-    reconstruction has no use for.
+    reconstruction has no use for. Over tensors, so that no GPU is waited for.
     """
-    return min(beta_max, max(1e-4, beta * math.exp(min(1.0, gain * (kl / target_rate - 1)))))
+    return (beta * (gain * (kl / target_rate - 1)).clamp(max=1.0).exp()).clamp(1e-4, beta_max)
 
 
 def rate_at(step: int, target_rate: float, target_start: float, warmup: int) -> float:

@@ -1,13 +1,48 @@
-"""How a step is computed: the optimizers, and the precision."""
+"""How a step is computed: the optimizers, and the precision, which is the one that is fast on this machine."""
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
+from itertools import groupby
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mtxlib.config import TrainConfig
+
+CASTS = 1.25  # how much faster a matmul in bf16 must be to pay for the casts around it
+
+
+class Muon(torch.optim.Muon):
+    """torch's, but it iterates in the precision that is fast here, not in bf16 always, and over all matrices of a
+    shape together; it adjusts the learning rate as "match_rms_adamw" does."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            params = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
+            for shape, alike in groupby(params, key=lambda p: p.shape):
+                alike = list(alike)
+                grads = [p.grad for p in alike]
+                means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in alike]
+                torch._foreach_lerp_(means, grads, 1 - momentum)
+                update = torch.stack(torch._foreach_lerp(grads, means, momentum))  # Nesterov's
+                update = orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                torch._foreach_mul_(alike, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(alike, update.unbind(), alpha=-0.2 * lr * max(shape) ** 0.5)
+
+
+def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Matrices (N, A, B) with their singular values brought near 1 by Newton and Schulz's iteration (Jordan 2024)."""
+    is_tall, (a, b, c) = matrices.shape[1] > matrices.shape[2], coefficients
+    x = (matrices.mT if is_tall else matrices).to(fast_dtype(matrices.device.type)).contiguous()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).to(matrices.dtype)
 
 
 def make_optimizers(model: nn.Module, c: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -22,15 +57,47 @@ def make_optimizers(model: nn.Module, c: TrainConfig) -> list[torch.optim.Optimi
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": c.weight_decay},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.98), fused=True)
-    if not inner:
-        return [adamw]
-    return [adamw, torch.optim.Muon(inner, lr=c.lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw")]
+    return [adamw, Muon(inner, lr=c.lr, weight_decay=c.weight_decay)] if inner else [adamw]
+
+
+def matmul_rate(device: str, dtype: torch.dtype, size: int, repeats: int = 10) -> float:
+    """FLOP/s of a product of two square matrices on `device`, the best of `repeats`."""
+    x = torch.ones(size, size, device=device, dtype=dtype)  # no random numbers: a run repeats itself
+    wait = torch.cuda.synchronize if device == "cuda" else int
+    seconds = []
+    for _ in range(1 + repeats):  # the first one warms up
+        wait()
+        began = time.perf_counter()
+        x @ x
+        wait()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds[1:])
+
+
+@cache
+def fast_rates(device: str) -> tuple[float, float]:
+    """FLOP/s of bf16 and fp32 here, measured once a process: a CPU without units for bf16, and an older GPU, computes
+    with it all the same, but many times slower."""
+    size = 4096 if device == "cuda" else 512
+    return matmul_rate(device, torch.bfloat16, size), matmul_rate(device, torch.float32, size)
+
+
+def fast_dtype(device: str) -> torch.dtype:
+    """bf16 where it is enough faster than fp32."""
+    bf16, fp32 = fast_rates(device)
+    return torch.bfloat16 if bf16 > CASTS * fp32 else torch.float32
+
+
+def explain(precision: str, device: torch.device) -> str:
+    """What `precision` comes to on a device, and why."""
+    if precision != "auto":
+        return f"{precision}, as asked for"
+    chosen = "bf16" if fast_dtype(device.type) == torch.bfloat16 else "fp32"
+    return "{}: matmuls run at {:.3g} GFLOP/s in bf16, {:.3g} in fp32".format(
+        chosen, *(rate / 1e9 for rate in fast_rates(device.type)))
 
 
 def autocast_for(precision: str, device: torch.device) -> Callable:
-    """A context: bf16 autocast where asked for, or where `auto` finds hardware for it."""
-    if precision == "auto":
-        has_bf16 = (torch.cuda.is_bf16_supported() if device.type == "cuda"
-                    else torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        precision = "bf16" if has_bf16 else "fp32"
-    return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
+    """A context: bf16 autocast where asked for, or where `auto` finds it faster."""
+    is_bf16 = precision == "bf16" or precision == "auto" and fast_dtype(device.type) == torch.bfloat16
+    return partial(torch.autocast, device.type, torch.bfloat16) if is_bf16 else nullcontext

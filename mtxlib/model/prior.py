@@ -9,6 +9,7 @@ as in RNADE (Uria 2013); a mixture over whole rows cannot say which of many chor
 B pieces, T rows, C latent channels, H hidden units of a channel, K components of its mixture.
 """
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -23,12 +24,12 @@ from tqdm.auto import tqdm
 
 from mtxlib.config import TrainConfig
 from mtxlib.files import atomic, digest
-from mtxlib.model.layers import DecoderBlock
+from mtxlib.model.layers import Cache, DecoderBlock, without_onednn
 from mtxlib.model.optim import autocast_for, make_optimizers
 
 N_KEYS = 25  # twelve major, twelve minor, unknown
 EDGE = 4  # bars from the beginning, and to the end, that are told apart
-CONTEXT = 64  # rows that are looked back to, as in training
+CONTEXT = 64  # rows of a stretch in training; as many are looked back to, or half of them at least
 SIGMA_RANGE = (-4.0, 1.5)  # of log sigma
 
 
@@ -67,21 +68,24 @@ class RowPrior(nn.Module):
     def forward(self, before: Tensor, at: Tensor, n_rows: Tensor, key: Tensor, closes: Tensor) -> Tensor:
         """States (B, T, D) that say all that is known of the rows numbered `at` (B, T), from the rows before each of
         them (B, T, C), in pieces of `n_rows` rows, `key` and `closes` (B,)."""
-        bar, last = at // self.rows_per_bar, (n_rows[:, None] - 1) // self.rows_per_bar
-        left = 2 * (last - bar).clamp(0, EDGE) + closes[:, None]
-        x = torch.where((at == 0)[..., None], self.opening, self.row(before))                    # (B, T, D)
-        x = x + self.place(at % self.rows_per_bar) + self.since(bar.clamp(max=EDGE)) + self.left(left)
-        x = x + self.key(key)[:, None]
+        x = self.embed(before, at, n_rows, key, closes)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
-    def mixture(self, state: Tensor, z: Tensor, c: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-        """log weights, means and log sigmas (..., channels `c`, K) from states (..., D) and rows z (..., C), of which
-        each channel is told those before it."""
-        hidden = self.to_hidden(state).unflatten(-1, (self.channels, -1))[..., c, :]             # (..., c, H)
-        hidden = F.gelu(hidden + torch.einsum("...i,hic->...ch", z, self.from_row.triu(1)[..., c]))
-        out = torch.einsum("...ch,cho->...co", hidden, self.to_mixture[c]) + self.bias[c]        # (..., c, 3K)
+    def embed(self, before: Tensor, at: Tensor, n_rows: Tensor, key: Tensor, closes: Tensor) -> Tensor:
+        bar, last = at // self.rows_per_bar, (n_rows[:, None] - 1) // self.rows_per_bar
+        left = 2 * (last - bar).clamp(0, EDGE) + closes[:, None]
+        x = torch.where((at == 0)[..., None], self.opening, self.row(before))                    # (B, T, D)
+        x = x + self.place(at % self.rows_per_bar) + self.since(bar.clamp(max=EDGE)) + self.left(left)
+        return x + self.key(key)[:, None]
+
+    def mixture(self, state: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log weights, means and log sigmas (..., C, K) from states (..., D) and rows z (..., C), of which each channel
+        is told those before it."""
+        hidden = self.to_hidden(state).unflatten(-1, (self.channels, -1))                        # (..., C, H)
+        hidden = F.gelu(hidden + torch.einsum("...i,hic->...ch", z, self.from_row.triu(1)))
+        out = torch.einsum("...ch,cho->...co", hidden, self.to_mixture) + self.bias              # (..., C, 3K)
         weights, mean, log_sigma = out.float().chunk(3, dim=-1)
         return weights.log_softmax(-1), mean, log_sigma.clamp(*SIGMA_RANGE)
 
@@ -93,15 +97,43 @@ class RowPrior(nn.Module):
 
     def draw(self, state: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
         """One row (B, C) for each state (B, D); the temperature narrows weights and Gaussians alike."""
-        z = torch.zeros(len(state), self.channels)
-        for c in range(self.channels):
-            weights, mean, log_sigma = (x[:, 0] for x in self.mixture(state, z, slice(c, c + 1)))
-            chosen = torch.multinomial((weights / max(temperature, 1e-3)).softmax(-1), 1, generator=generator)
-            noise = temperature * torch.randn(len(z), 1, generator=generator)
-            z[:, c] = (mean.gather(1, chosen) + noise * log_sigma.gather(1, chosen).exp())[:, 0]
-        return z
+        hidden, drawn = self.to_hidden(state).unflatten(-1, (self.channels, -1)), []             # (B, C, H)
+        tells = self.from_row.permute(1, 2, 0)                                                   # (C, C, H)
+        noise = temperature * torch.randn(len(state), self.channels, 1, generator=generator, device=state.device)
+        uniform = torch.rand(*noise.shape[:2], self.bias.shape[1] // 3, generator=generator, device=state.device)
+        gumbel = -max(temperature, 1e-3) * (-uniform.clamp(min=1e-20).log()).log()  # the largest of logits + these
+        for c in range(self.channels):                                              # is one by its probability
+            out = torch.addmm(self.bias[c], F.gelu(hidden[:, c]), self.to_mixture[c])
+            weights, mean, log_sigma = out.chunk(3, dim=-1)
+            chosen = (weights + gumbel[:, c]).argmax(-1, keepdim=True)
+            sigma = log_sigma.gather(1, chosen).clamp(*SIGMA_RANGE).exp()
+            drawn.append(torch.addcmul(mean.gather(1, chosen), noise[:, c], sigma))              # (B, 1)
+            hidden = torch.addcmul(hidden, drawn[-1][..., None], tells[c])  # what is done already is read no more
+        return torch.cat(drawn, dim=1)
+
+    def of_windows(self, before: Tensor) -> Tensor:
+        """States (B, T, D) of the rows of windows from somewhere within a piece, of which nothing else is known: a
+        joint prior learns these. before (B, T, C): the row before each, 0 where it lies in front of the window."""
+        n, edge = before.shape[1], (EDGE + 1) * self.rows_per_bar
+        at = torch.arange(edge, edge + n, device=before.device).expand(len(before), -1)
+        n_rows, key, closes = (torch.full((len(before),), x, device=before.device)
+                               for x in (2 * edge + n, N_KEYS - 1, 0))
+        return self(before, at, n_rows, key, closes)
+
+    def window_nats(self, z: Tensor) -> Tensor:
+        """-log p of each row of windows z (B, S, C) given the rows before it, (B, S)."""
+        return -self.log_prob(z, self.of_windows(F.pad(z[:, :-1], (0, 0, 1, 0))))
 
     @torch.no_grad()
+    def sample_windows(self, n: int, n_rows: int, generator: torch.Generator) -> Tensor:
+        """n windows (n, n_rows, C), on the device of the generator."""
+        z = torch.zeros(n, n_rows + 1, self.channels, device=generator.device)
+        for row in range(n_rows):
+            z[:, row + 1] = self.draw(self.of_windows(z[:, :row + 1])[:, -1], 1.0, generator)
+        return z[:, 1:]
+
+    @torch.no_grad()
+    @without_onednn()
     def sample(self, n: int, n_rows: int, temperature: float = 1.0, seed: int = 0, begin: Tensor | None = None,
                key: int | None = None, closes: bool = True, endings: int = 1) -> Tensor:
         """n pieces of n_rows rows, (n * endings, n_rows, C), on the CPU; with `begin` (T, C) they all go on from there.
@@ -113,13 +145,17 @@ class RowPrior(nn.Module):
         z, given = torch.zeros(n, n_rows + 1, self.channels), 0 if begin is None else len(begin)
         if given:
             z[:, 1:given + 1] = begin
+        cache = None
         for row in range(given, n_rows):  # z[:, row] is the row before
             if row == max(given, n_rows - self.rows_per_bar):
                 z, keys = z.repeat_interleave(endings, 0), keys.repeat_interleave(endings)
-            first = max(0, row + 1 - CONTEXT)
+                cache = cache and cache.keep(torch.arange(n).repeat_interleave(endings))
+            first = row
+            if cache is None or cache.length == CONTEXT:  # from here on with what a stretch in training begins with
+                cache, first = Cache(self.blocks, len(z), CONTEXT), max(0, row + 1 - CONTEXT // 2)
             at, told = torch.arange(first, row + 1).expand(len(z), -1), torch.tensor([[n_rows], [closes]])
-            state = self(z[:, first:row + 1], at, told[0].expand(len(z)), keys, told[1].expand(len(z)))
-            z[:, row + 1] = self.draw(state[:, -1], temperature, generator)
+            x = self.embed(z[:, first:row + 1], at, told[0].expand(len(z)), keys, told[1].expand(len(z)))
+            z[:, row + 1] = self.draw(self.norm(cache.read(x)[:, -1]), temperature, generator)
         return z[:, 1:]
 
 
@@ -157,11 +193,13 @@ def stretches(lines: list[Line], rows_per_bar: int, generator: torch.Generator) 
 
 
 def fit(lines: list[Line], held_out: list[Line], rows_per_bar: int, *, steps: int = 1500, batch_size: int = 64,
-        lr: float = 5e-3, seed: int = 0, **sizes) -> tuple[RowPrior, dict[str, float]]:
-    """Learn a prior from posteriors; returns it and its figures on held-out pieces, see `rates`."""
+        lr: float = 5e-3, seed: int = 0, joint: RowPrior | None = None,
+        **sizes) -> tuple[RowPrior, dict[str, float]]:
+    """Learn a prior from posteriors, or go on from a `joint` one; returns it and its figures on held-out pieces, see
+    `rates`."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    prior = RowPrior(lines[0].mu.shape[1], rows_per_bar, **sizes)
+    prior = copy.deepcopy(joint).train() if joint else RowPrior(lines[0].mu.shape[1], rows_per_bar, **sizes)
     prior.keys = torch.bincount(torch.tensor([line.key for line in lines]), minlength=N_KEYS) / len(lines)
     optimizers, autocast = make_optimizers(prior, TrainConfig(lr=lr)), autocast_for("auto", torch.device("cpu"))
     schedules = [torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1,

@@ -36,8 +36,19 @@ from mtxlib.config import PAD, Config
 from mtxlib.data.store import Batch, TokenDropout, TokenStore, epoch_batches
 from mtxlib.files import append, atomic, atomic_text, brief
 from mtxlib.model.likelihood import Measured, measure
-from mtxlib.model.losses import Terms, beta_at, kl_per_dim, lr_at, objective, rate_at, reconstruction, steer
-from mtxlib.model.optim import autocast_for, make_optimizers
+from mtxlib.model.losses import (
+    Terms,
+    beta_at,
+    entropy,
+    kl_per_dim,
+    lr_at,
+    normal_share,
+    objective,
+    rate_at,
+    reconstruction,
+    steer,
+)
+from mtxlib.model.optim import autocast_for, explain, make_optimizers
 from mtxlib.model.vae import MusicVAE
 
 LOG_EVERY = 10  # steps a line of metrics.jsonl is the mean of
@@ -66,7 +77,7 @@ class Trainer:
             torch.set_num_threads(self.c.threads)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.store = TokenStore(config.data.store)
-        self.autocast = autocast_for(self.c.precision, self.device)
+        self.autocast, self.precision = (f(self.c.precision, self.device) for f in (autocast_for, explain))
         torch.manual_seed(self.c.seed)
         self.model = MusicVAE(config.model, self.store.vocab_size, self.store.n_bars).to(self.device)
         self.average = (AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.c.ema), use_buffers=True)
@@ -76,6 +87,9 @@ class Trainer:
         if self.world > 1:
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
         self.optimizers = make_optimizers(self.model, self.c)
+        of_prior = list(self.model.prior.parameters()) if self.model.prior is not None else []
+        others = {id(p) for p in of_prior}
+        self.clipped = [[p for p in self.model.parameters() if id(p) not in others], of_prior]  # each by itself
         drop = partial(TokenDropout, vocab_size=self.store.vocab_size, kind=self.c.dropout_kind,
                        spare=self.store.is_structure.to(self.device) if self.c.spare_structure else None)
         self.drop_enc, self.drop_dec = drop(self.c.enc_token_dropout), drop(self.c.dec_token_dropout)
@@ -86,7 +100,7 @@ class Trainer:
         # The optimiser sees nats per token of an average window: gradient clipping then means the same everywhere.
         self.loss_scale = 1.0 / float(self.store.lengths[self.train_indices].mean())
         self.step, self.best, self.bad, self.seconds = 0, math.inf, 0, 0.0
-        self.steered = 0.01  # beta of the next step under schedule `rate`
+        self.steered = torch.tensor(0.01, device=self.device)  # beta of the next step under schedule `rate`
         self.sums: dict = {}  # of what `update` gave since the last line of metrics.jsonl
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -110,10 +124,19 @@ class Trainer:
             out = self.forward(ids, *others)
         targets, c = ids[:, 1:], self.c
         kl = kl_per_dim(*out.posterior) if self.config.model.variational else torch.zeros_like(out.posterior.mu)
-        recon = self.of_all(reconstruction(out.logits, targets, targets == PAD))
-        return objective(recon, self.of_all(kl), self.beta(self.step), free_bits=c.free_bits,
-                         target_rate=0.0 if self.steers else self.rate(self.step), recon_scale=c.recon_scale,
-                         n_tokens=(batch.ids[:, 1:] != PAD).sum(1))
+        recon, kl = self.of_all(reconstruction(out.logits, targets, targets == PAD)), self.of_all(kl)
+        beta, share = self.beta(self.step), normal_share(self.step, c.beta_warmup)
+        if out.prior_nats is not None:
+            to_prior = self.of_all(out.prior_nats - entropy(out.posterior.logvar))[..., None]    # (B, S, 1)
+            kl = share * kl.sum(-1, keepdim=True) + (1 - share) * to_prior                       # (B, S, 1)
+        terms = objective(recon, kl, beta, free_bits=c.free_bits,
+                          target_rate=0.0 if self.steers else self.rate(self.step), recon_scale=c.recon_scale,
+                          n_tokens=(batch.ids[:, 1:] != PAD).sum(1))
+        if out.prior_nats is None:
+            return terms
+        # Through the KL the prior hears beta * (1 - share) of its own loss; it learns best from all of it.
+        rest = (1 - beta * (1 - share)) * self.of_all(out.prior_loss).sum(1).mean()
+        return terms._replace(loss=terms.loss + rest, kl=to_prior.mean(0).sum())
 
     def of_all(self, part: torch.Tensor) -> torch.Tensor:
         """A tensor (B, …) of the whole batch from each process's part."""
@@ -140,7 +163,7 @@ class Trainer:
     def steers(self) -> bool:
         return self.c.beta_schedule == "rate"
 
-    def beta(self, step: int) -> float:
+    def beta(self, step: int) -> float | torch.Tensor:
         return self.steered if self.steers else beta_at(step, self.c.beta_schedule, self.c.beta_max,
                                                         self.c.beta_warmup)
 
@@ -155,12 +178,12 @@ class Trainer:
             terms = self.terms(Batch(ids, slots).to(self.device))
             (terms.loss * scale * self.world / self.c.accumulate).backward()  # DDP takes the mean over the processes
             sums += torch.stack([x.detach().float() for x in terms]) / self.c.accumulate
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.c.grad_clip)
+        norm, *_ = (nn.utils.clip_grad_norm_(part, self.c.grad_clip) for part in self.clipped)
         values = {**dict(zip(("loss", "recon", "kl", "kl_loss"), sums, strict=True)), "grad_norm": norm}
         if self.device.type == "cpu":  # on a GPU this would wait for it at every step: there each line is checked
             self.check_finite({k: float(v) for k, v in values.items()}, self.step + 1)
-        if self.steers:  # here a GPU has to be waited for
-            self.steered = steer(self.steered, float(values["kl"]), self.rate(self.step), self.c.beta_max)
+        if self.steers:
+            self.steered = steer(self.steered, values["kl"], self.rate(self.step), self.c.beta_max)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.c.lr * lr_at(self.step, self.c.steps, self.c.lr_warmup)
@@ -180,6 +203,7 @@ class Trainer:
             atomic_text(self.run_dir / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
             atomic(self.run_dir / "tokenizer.json", lambda p: shutil.copy(self.store.folder / "tokenizer.json", p))
             wandb_run = start_wandb(self.config, self.run_dir)
+            print(f"precision: {self.precision}")
         try:
             self.loop(wandb_run)
         finally:
@@ -235,7 +259,7 @@ class Trainer:
         self.seconds += seconds
         c, last = self.c, self.step - 1
         return {"step": self.step, "split": "train", **self.means(),
-                "beta": self.beta(last), "target_rate": self.rate(last),
+                "beta": float(self.beta(last)), "target_rate": self.rate(last),
                 "lr": c.lr * lr_at(last, c.steps, c.lr_warmup), "tokens_per_s": n_tokens / seconds,
                 "seconds": self.seconds}
 
@@ -259,7 +283,8 @@ class Trainer:
             self.best = score
             if self.writes:
                 save_weights(model, self.run_dir / "model.safetensors", self.config, self.store.lengths)
-        return {"step": self.step, "split": "valid", **m.summary(), "objective": score, "seconds": self.seconds}
+        return {"step": self.step, "split": "valid", **m.summary(), "objective": score, "seconds": self.seconds,
+                "precision": self.precision}
 
     def final_objective(self, m: Measured) -> float:
         """The training objective on validation windows, at the beta and rate of the end of the schedule.
@@ -268,8 +293,9 @@ class Trainer:
         """
         c = self.c
         if self.steers:
-            return float(m.recon.mean() + (m.kl.sum((1, 2)).mean() - c.target_rate).clamp(min=0))
+            return float(m.recon.mean() + (m.rate.mean() - c.target_rate).clamp(min=0))
         kl = m.kl if self.config.model.variational else torch.zeros_like(m.kl)
+        kl = kl if self.model.prior is None else m.rate[:, None, None]
         return float(objective(m.recon, kl, c.beta_max, free_bits=c.free_bits, target_rate=c.target_rate,
                                recon_scale=c.recon_scale, n_tokens=m.n_tokens).loss)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mtxlib.config import PAD, SLOTS_PER_BAR, ModelConfig
 from mtxlib.model.layers import Cache, DecoderBlock, EncoderBlock, attend, split_heads
+from mtxlib.model.prior import RowPrior
 
 LOGVAR_RANGE = (-8.0, 4.0)  # keeps exp(logvar) sane in bf16; a posterior this narrow costs 3.5 nats a dimension
 
@@ -34,6 +35,8 @@ class Output(NamedTuple):
     logits: Tensor  # (B, T - 1, V), of tokens 1 … T - 1
     posterior: Posterior
     z: Tensor  # (B, S, C)
+    prior_nats: Tensor | None = None  # (B, S), -log p(z) of each row given those before it; only with a joint prior
+    prior_loss: Tensor | None = None  # the same, of which only the prior hears
 
 
 class Embedding(nn.Module):
@@ -224,25 +227,16 @@ def make_bottleneck(config: ModelConfig, n_slots: int) -> Bottleneck:
 
 
 class Decoding:
-    """What stays while a batch is decoded: z, its projections for cross attention and, with caches, what each layer
-    adds for each row (B, S + 1, layers * D)."""
+    """What stays while a batch is decoded: the cache, and what each layer adds for each row of z, (B, S + 1, layers *
+    D)."""
 
-    def __init__(self, z: Tensor, told: Tensor | None, keys_values: list, may_attend: Tensor | None,
-                 caches: list[Cache] | None):
-        self.z, self.told, self.keys_values, self.may_attend, self.caches = z, told, keys_values, may_attend, caches
-
-    @property
-    def length(self) -> int:
-        """Tokens read so far."""
-        return self.caches[0].length if self.caches else 0
+    def __init__(self, told: Tensor | None, cache: Cache):
+        self.told, self.cache = told, cache
 
     def keep(self, rows: Tensor) -> None:
         """Go on with the sequences at `rows` only."""
-        self.z, self.told = self.z[rows], self.told[rows] if self.told is not None else None
-        self.keys_values = [kv and (kv[0][rows], kv[1][rows]) for kv in self.keys_values]
-        self.may_attend = self.may_attend[rows] if self.may_attend is not None else None
-        for cache in self.caches or []:
-            cache.keep(rows)
+        self.told = self.told[rows] if self.told is not None else None
+        self.cache.keep(rows)
 
 
 class Decoder(nn.Module):
@@ -262,13 +256,15 @@ class Decoder(nn.Module):
         if config.tie_weights:
             self.head.weight = self.embedding.token.weight
 
-    def forward(self, ids: Tensor, slots: Tensor, added: list[Tensor], decoding: Decoding) -> Tensor:
-        """ids, slots (B, T) and what each layer adds of z (B, T, D) -> logits (B, T, V) of the tokens that follow."""
+    def forward(self, ids: Tensor, slots: Tensor, added: list[Tensor], memory: list,
+                may_attend: Tensor | None) -> Tensor:
+        """ids, slots (B, T), what each layer adds of z (B, T, D) and its keys and values -> logits (B, T, V) of the
+        tokens that follow."""
         x = self.embedding(ids, slots)                                                           # (B, T, D)
         for i, block in enumerate(self.blocks):
             if added:
                 x = x + added[i]                                                                 # (B, T, D)
-            x = block(x, decoding.keys_values[i], decoding.may_attend, decoding.caches and decoding.caches[i])
+            x = block(x, memory[i], may_attend)
         return self.head(self.norm(x))                                                           # (B, T, V)
 
 
@@ -287,6 +283,7 @@ class MusicVAE(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "mlp.down.weight")):  # residual branches start small (GPT-2)
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.dec_layers))
+        self.prior = RowPrior(config.latent_channels, config.rows_per_bar) if config.prior == "joint" else None
 
     def encode(self, ids: Tensor, slots: Tensor) -> Posterior:
         """ids, slots (B, T) -> the posterior of z, (B, S, C); without a bottleneck S is 0."""
@@ -306,7 +303,10 @@ class MusicVAE(nn.Module):
 
     def decode(self, ids: Tensor, slots: Tensor, z: Tensor, is_live: Tensor) -> Tensor:
         """Teacher forcing: ids, slots (B, T) -> logits (B, T, V) of the tokens that follow."""
-        return self.proceed(ids, slots, self.begin(z, is_live))
+        z, memory, may_attend = self.tell(z, is_live)
+        rows = self.rows_at(z, slots, 0) if self.decoder.add_rows else None
+        added = [project(rows) for project in self.decoder.add_rows]
+        return self.decoder(ids, slots, added, memory, may_attend)
 
     def forward(self, ids: Tensor, slots: Tensor, enc_ids: Tensor | None = None,
                 dec_ids: Tensor | None = None) -> Output:
@@ -315,33 +315,45 @@ class MusicVAE(nn.Module):
         posterior = self.encode(enc_ids, slots)                                                  # (B, S, C)
         z = self.reparameterize(posterior)                                                       # (B, S, C)
         logits = self.decode(dec_ids[:, :-1], slots[:, :-1], z, posterior.is_live)               # (B, T - 1, V)
-        return Output(logits, posterior, z)
+        if self.prior is None:
+            return Output(logits, posterior, z)
+        return Output(logits, posterior, z, self.prior.window_nats(z), self.prior.window_nats(z.detach()))
 
-    def begin(self, z: Tensor, is_live: Tensor, size: int = 0) -> Decoding:
-        """Project z (B, S, C) for the decoder once; with `size`, make caches for so many tokens."""
+    def sample_prior(self, n: int, n_rows: int, generator: torch.Generator) -> Tensor:
+        """n latents (n, S, C) from the prior that the model was trained with."""
+        if self.prior is not None:
+            return self.prior.sample_windows(n, n_rows, generator)
+        device = next(self.parameters()).device
+        return torch.randn(n, n_rows, self.config.latent_channels, generator=generator, device=device)
+
+    def tell(self, z: Tensor, is_live: Tensor) -> tuple[Tensor, list, Tensor | None]:
+        """z (B, S, C) as the decoder reads it: the rows, and each layer's keys and values for cross attention with what
+        may be looked at of them."""
         # No noise from beyond a window's end, or its last token would hear it.
         z = z.masked_fill(~is_live[..., None], 0.0).to(self.decoder.head.weight.dtype)
-        keys_values, may_attend, blocks = [None] * len(self.decoder.blocks), None, self.decoder.blocks
-        if blocks[0].cross is not None:
-            memory, is_there = self.bottleneck.memory(z, is_live)
-            keys_values = [block.cross.keys_values(memory) for block in blocks]
-            may_attend = is_there[:, None, None, :]
-        heads, channels = self.config.n_heads, self.config.d_model // self.config.n_heads
-        caches = [Cache(len(z), heads, size, channels, self.decoder.head.weight) for _ in blocks] if size else None
-        told = None
-        if caches and self.decoder.add_rows:  # few tokens are read at a time: all rows are projected once instead
-            told = torch.cat([project(with_next(z)) for project in self.decoder.add_rows], dim=-1)
-        return Decoding(z, told, keys_values, may_attend, caches)
+        blocks = self.decoder.blocks
+        if blocks[0].cross is None:
+            return z, [None] * len(blocks), None
+        memory, is_there = self.bottleneck.memory(z, is_live)
+        return z, [block.cross.keys_values(memory) for block in blocks], is_there[:, None, None, :]
+
+    def begin(self, z: Tensor, is_live: Tensor, size: int) -> Decoding:
+        """Ready to write at most `size` tokens from each z (B, S, C): it is projected for the decoder once."""
+        z, memory, may_attend = self.tell(z, is_live)
+        told = [project(with_next(z)) for project in self.decoder.add_rows]
+        may_attend = None if may_attend is None or may_attend.all() else may_attend  # no mask is faster
+        cache = Cache(self.decoder.blocks, len(z), size, memory, may_attend)
+        return Decoding(torch.cat(told, -1) if told else None, cache)
 
     def proceed(self, ids: Tensor, slots: Tensor, decoding: Decoding) -> Tensor:
-        """Logits (B, T, V) after ids (B, T); with caches, ids continue what was read before."""
+        """Logits (B, V) after ids (B, T), which continue what was read before: all at once at the beginning, then one
+        by one."""
+        added = None
         if decoding.told is not None:
-            rows = take_rows(decoding.told, self.bottleneck.row_of(slots, decoding.length))
-            added = rows.split(self.config.d_model, dim=-1)
-        else:
-            rows = self.rows_at(decoding.z, slots, 0) if self.decoder.add_rows else None
-            added = [project(rows) for project in self.decoder.add_rows]
-        return self.decoder(ids, slots, added, decoding)
+            rows = take_rows(decoding.told, self.bottleneck.row_of(slots, decoding.cache.length))
+            added = rows.flatten(0, 1).split(self.config.d_model, dim=-1)
+        x = decoding.cache.read(self.decoder.embedding(ids, slots), added)[:, -1]
+        return self.decoder.head(self.decoder.norm(x))
 
     def rows_at(self, z: Tensor, slots: Tensor, start: int) -> Tensor:
         """Each token's own row of z and the next, zeros after the last: (B, T, 2C)."""

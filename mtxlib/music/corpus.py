@@ -12,16 +12,16 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from mtxlib.files import append, atomic_text
-from mtxlib.music.readers import KINDS, read_apart
+from mtxlib.files import append, atomic_text, locked
+from mtxlib.music.readers import KINDS, STEADY, read_apart
 
-FORM = 1  # raise it when the normal form or the manifest changes: older caches are then rebuilt
+FORM = 2  # raise it when the normal form or the manifest changes: older caches are then rebuilt
 SPLITS = {"train": 0.8, "valid": 0.9, "test": 1.0}  # where each ends, as a share of the tunes
 JSFAKES_URL = "https://github.com/omarperacha/js-fakes/archive/68b476d5b265e579d87c74a68f2160f26007fa56.zip"
 JSFAKES_SHA256 = "3deb874011b8c4ac5d01874ee2ea4140ba88c69c224ccb6cbca0b3ebdc7df6d4"  # of midi/*.mid, not of the zip
@@ -49,10 +49,11 @@ class Piece:
     tune: str  # hash of the first ten intervals of the highest voice
     licence: str
     key: str  # "C major", "a minor"; "" if unknown
+    losses: dict = field(default_factory=dict, compare=False)  # counted, see `music.readers.losses`
 
 
 def load_corpus(source: str = "bach", data_dir: str | Path = "data", *, archive: str = "", limit: int = 0,
-                workers: int | None = None, progress: bool = True) -> list[Piece]:
+                form: dict | None = None, workers: int | None = None, progress: bool = True) -> list[Piece]:
     """Prepare what is missing under `data_dir`, print one summary line per source and return the pieces that were kept.
 
     source: bach, jsfakes, jsb, folder, or a sum such as "bach+jsfakes".
@@ -60,12 +61,13 @@ def load_corpus(source: str = "bach", data_dir: str | Path = "data", *, archive:
       MusicXML (folder). Where several sources of a sum could mean it: "jsfakes=a.zip,jsb=b.json". Once jsfakes or jsb
       is cached it needs no archive; an archive that is new or changed rebuilds the cache.
     limit: keep only the first pieces of each source, in a cache of their own; 0 keeps all.
+    form: dials of `music.score.normalise` that differ from its defaults; each choice has a cache of its own.
 
     Splits go by tune, the same in every source. jsb keeps its own; in a sum with it, the others follow it where it has
     their tune, test before valid before train. Raises ValueError for an unknown source, an archive that cannot be read
     and a source with no usable piece, ConnectionError if a download fails.
     """
-    loaded = {name: load_source(name, Path(data_dir), path, limit, workers, progress)
+    loaded = {name: load_source(name, Path(data_dir), path, limit, form or {}, workers, progress)
               for name, path in parse_archives(source, archive).items()}
     kept = [e for _, entries in loaded.values() for e in entries if "file" in e]
     jsb = {e["tune"]: split for split in SPLITS for e in kept if e["source"] == "jsb" and e["split"] == split}
@@ -75,7 +77,7 @@ def load_corpus(source: str = "bach", data_dir: str | Path = "data", *, archive:
             {"split": splits[e["tune"]]} if name != "jsb" else {})) for e in entries if "file" in e]
         counts = Counter(p.split for p in part)
         counted = ", ".join(f"{counts[split]} {split}" for split in SPLITS)
-        print(f"{name}: {len(part)} pieces ({counted}){skipped(entries)} in {folder}")
+        print(f"{name}: {len(part)} pieces ({counted}){skipped(entries)}{unsteady(part)} in {folder}")
         pieces += part
     return pieces
 
@@ -101,7 +103,7 @@ def bach_tasks(_: str) -> list[tuple]:
 
 def jsfakes_tasks(archive: str) -> list[tuple]:
     if archive and Path(archive).is_dir():
-        files = {f.relative_to(archive): f.read_bytes() for f in Path(archive).rglob("*.mid")}
+        files = {f.relative_to(archive): f.read_bytes() for f in files_of(Path(archive)) if f.suffix == ".mid"}
     else:
         try:
             with zipfile.ZipFile(io.BytesIO(fetch("jsfakes", JSFAKES_URL, archive))) as z:
@@ -137,7 +139,16 @@ TASKS = {"bach": bach_tasks, "jsfakes": jsfakes_tasks, "jsb": jsb_tasks, "folder
 
 
 def files_of(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    """All files below `path`, links to folders followed, each folder once."""
+    found, folders, seen = [], [path], set()
+    while folders:
+        folder = folders.pop()
+        if folder.is_dir() and (real := os.path.realpath(folder)) not in seen:
+            seen.add(real)
+            folders += sorted(folder.iterdir(), reverse=True)
+        elif not folder.is_dir():
+            found.append(folder)
+    return sorted(found)
 
 
 def fetch(source: str, url: str, archive: str) -> bytes:
@@ -168,36 +179,47 @@ def parse_archives(source: str, archive: str) -> dict[str, str]:
     return {name: given.get(name, "") for name in names}
 
 
-def load_source(source: str, data_dir: Path, archive: str, limit: int, workers: int | None,
+def load_source(source: str, data_dir: Path, archive: str, limit: int, form: dict, workers: int | None,
                 progress: bool) -> tuple[Path, list[dict]]:
-    """The cache folder of a source and the entries of its manifest, built first where it is missing or out of date."""
+    """The cache folder of a source and the entries of its manifest, built first where it is missing or out of date, by
+    one process at a time."""
     where, files = os.path.realpath(archive), files_of(Path(archive)) if archive else []
-    state = short_hash(f"{where}{[(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]}") if archive else ""
-    folder = data_dir / (f"{source}-{short_hash(where)}" if source == "folder" else source)
-    folder = folder.with_name(f"{folder.name}-limit{limit}") if limit else folder
-    manifest = folder / "manifest.json"
-    entries = json.loads(manifest.read_text()) if manifest.exists() else []
-    fresh = entries and entries[0]["stamp"].startswith(f"{FORM} {state}")
-    if not fresh or not all((folder / e["file"]).exists() for e in entries if "file" in e):
-        folder.mkdir(parents=True, exist_ok=True)
-        entries = [{**e, "source": source, "licence": LICENCES[source], "stamp": f"{FORM} {state}"}
-                   for e in build(source, folder, archive, limit, workers, progress, f"{FORM} {state}")]
-        atomic_text(manifest, json.dumps(entries, indent=1))
-        for stale in {*folder.glob("*.mid"), *folder.glob("*.part")} - {folder / e["file"] for e in entries
-                                                                        if "file" in e}:
-            stale.unlink()
+    states = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]  # links may lead nowhere
+    stamp = f"{FORM} " + (short_hash(f"{where}{states}") if archive else "")
+    choices = [f"{name}{value:d}" for name, value in sorted(form.items()) if value and (name, value) != ("grid", 4)]
+    folder = data_dir / "-".join([source, *([short_hash(where)] if source == "folder" else []), *choices,
+                                  *([f"limit{limit}"] if limit else [])])
+    manifest, entries = folder / "manifest.json", cached(folder, stamp)
+    if not entries:
+        with locked(folder / ".lock", f"waiting for another process that reads {source} into {folder}"):
+            entries = cached(folder, stamp) or [
+                {**e, "source": source, "licence": LICENCES[source], "stamp": stamp}
+                for e in build(source, folder, archive, limit, form, workers, progress, stamp)]
+            atomic_text(manifest, json.dumps(entries, indent=1))
+            kept = {folder / e["file"] for e in entries if "file" in e}
+            for stale in {*folder.glob("*.mid"), *folder.glob("*.part")} - kept:
+                stale.unlink()
     if not any("file" in e for e in entries):
         raise ValueError(f"source {source!r} has no usable piece{skipped(entries)}; the reasons are in {manifest}")
     return folder, entries
 
 
-def build(source: str, folder: Path, archive: str, limit: int, workers: int | None, progress: bool,
-          stamp: str) -> list[dict]:
+def cached(folder: Path, stamp: str) -> list[dict]:
+    """The entries of the manifest if it bears this stamp, or a longer one, and all its files are there."""
+    manifest = folder / "manifest.json"
+    entries = json.loads(manifest.read_text()) if manifest.exists() else []
+    fresh = entries and entries[0]["stamp"].startswith(stamp)
+    return entries if fresh and all((folder / e["file"]).exists() for e in entries if "file" in e) else []
+
+
+def build(source: str, folder: Path, archive: str, limit: int, form: dict, workers: int | None,
+          progress: bool, stamp: str) -> list[dict]:
     """Read every task of a source. Each entry is noted as it comes: if this is stopped, the next call goes on there."""
     tasks, entries, kept = [], [], 0
     for i, task in enumerate(TASKS[source](archive)):
         slug = re.sub(r"[^A-Za-z0-9._-]+", "_", task[0])[-80:]
-        tasks.append((*task, str(folder.absolute() / (f"{i:05}-{slug}.mid" if source == "folder" else f"{slug}.mid"))))
+        file = f"{i:05}-{slug}.mid" if source == "folder" else f"{slug}.mid"
+        tasks.append((*task, str(folder.absolute() / file), form))
     notes = folder / f"{short_hash(stamp)}.part"
     lines = [line for line in notes.read_text().splitlines() if line.endswith("}")] if notes.exists() else []
     atomic_text(notes, "".join(f"{line}\n" for line in lines))
@@ -222,3 +244,10 @@ def skipped(entries: list[dict]) -> str:
     counts = Counter(e["skipped"].split(":")[0] for e in entries if "skipped" in e)
     reasons = ", ".join(f"{n} {why}" for why, n in counts.most_common())
     return f", {counts.total()} skipped ({reasons})" if counts else ""
+
+
+def unsteady(pieces: list[Piece]) -> str:
+    """Names those whose music is not on the quarters of their files: performances, or other beats than the file's."""
+    names = [p.name for p in pieces if p.losses["steady"] < STEADY]
+    return (f", {len(names)} not on the grid of their quarters (under {STEADY:.0%} of the onsets on their 32nds or "
+            f"triplets: {', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else "")

@@ -1,21 +1,24 @@
 """A score seen and heard: piano roll, sound, and the page of samples, all offline.
 
 Every function takes a `symusic.Score` in ticks and leaves it as it was. What is unusual:
-- The four choral voices are known by their programs (VOICES), so they keep name, colour and order however the tracks
-  are sorted.
-- symusic's synthesizer plays most programs of the soundfont out of tune, by up to two octaves (its issue 55), and hangs
-  or crashes on some, so all voices sound as one program that was measured; it stops notes dead, so a room is added.
+- A track is known by its program (`named_voices`), so it keeps name, colour and order however the tracks are sorted.
+- Sound comes from `midirenderer`: symusic's synthesizer plays most programs out of tune, by up to two octaves (its
+  issue 55), and hangs or crashes on some.
 """
 
 import base64
 import importlib.util
 import io
 import re
+import wave
+from collections import ChainMap
 from functools import cache
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import midirenderer
 import numpy as np
 import seaborn as sns
 import symusic
@@ -24,16 +27,19 @@ from IPython.display import SVG, Audio
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from mtxlib.files import atomic
-from mtxlib.music.notation import bars_of, musicxml, named_voices, notation
-from mtxlib.music.score import VOICES
+from mtxlib.music.notation import bars_of, musicxml, named_voices, notation, short
 
 PALETTE = [sns.color_palette("colorblind")[i] for i in (0, 1, 2, 4, 3, 5, 6, 7, 8, 9)]  # four that differ first
+DARKER = sns.husl_palette(120, l=0.4)  # for what has more than ten tracks
+COLOURS = [*PALETTE, *(DARKER[47 * i % 120] for i in range(120))]  # 47: neighbours lie far apart on the circle
+BAND = 0.22  # share of a piano roll's height for the drums, where there are any
 GAP = 0.06  # quarters left free after a rectangle of the piano roll
-PIANO = 5  # electric piano: in tune from C2 to C6, speaks at once, holds its level
-RATE = 22050  # samples a second
-OVERSAMPLING = 4  # the synthesizer rounds loops to samples: at 88 kHz C2 to C6 lie within 10 cents, at 22 kHz within 40
+RATE = 24000  # samples a second, half of what the renderer makes
+HALF_BAND = np.sinc(np.arange(-15, 16) / 2) * np.hamming(31) / 2  # low-pass filter before every second sample goes
+CHANNELS = 15  # of MIDI's 16 one is the drums'
+LOUDNESS = 0.1  # root mean square of what sounds
+TAIL = 1.0  # seconds in which the last notes fade
 NOTATED = 16  # bars of a long score that a page notates
-ROOM = 1.0  # seconds in which the echo falls by 60 dB; the sound ends this long after the last note
 
 
 def set_style() -> None:
@@ -44,26 +50,34 @@ def set_style() -> None:
 
 
 def voice_colours(n: int) -> list[tuple[float, float, float]]:
-    """n distinct colours: the palette as far as it goes, evenly spaced hues beyond."""
-    return list(PALETTE[:n] if n <= len(PALETTE) else sns.husl_palette(n))
+    """n distinct colours, 130 at most: the palette as far as it goes, then darker ones."""
+    return COLOURS[:n]
 
 
-def _draw(ax, score, title, bars=None) -> tuple[int, int]:
-    """Draw the notes and the bars; return the lowest and the highest pitch."""
-    grid, quarter, pitches = bars_of(score), score.tpq, []
+def _draw(ax, score, voices, title, bars=None) -> tuple[int, int, dict[int, tuple]]:
+    """Draw the notes and the bars; return the lowest and the highest pitch, and (handle, name) for the legend by
+    place. Drums are crosses in the band below the pitches, a row for each drum."""
+    grid, quarter, pitches, entries = bars_of(score), score.tpq, [], {}
     first, last = bars if isinstance(bars, tuple) else (1, bars or len(grid))
     shown = grid[first - 1:last]
     if first < 1 or not shown:
         raise ValueError(f"bars: expected bars between 1 and {len(grid)}, got {bars}")
-    colours = voice_colours(max(len(VOICES), len(score.tracks)))
-    for name, place, track in named_voices(score):
+    for name, place, track in voices:
         notes = [n for n in track.notes if n.start < shown[-1][1] and n.end > shown[0][0]]
-        widths = [n.duration / quarter - min(GAP, n.duration / quarter / 4) for n in notes]
-        ax.barh([n.pitch for n in notes], widths,
-                left=[n.start / quarter for n in notes], height=0.8, color=colours[place],
-                alpha=0.85, linewidth=0, zorder=2, label=name)
-        pitches += [n.pitch for n in notes]
-    if not pitches:
+        if notes and track.is_drum:
+            rows = sorted({n.pitch for n in notes})
+            ax.fill_between([0, 1], 0, BAND, color="0.94", linewidth=0, zorder=0, transform=ax.transAxes)
+            heights = [BAND * (rows.index(n.pitch) + 0.5) / len(rows) for n in notes]
+            handle, = ax.plot([n.start / quarter for n in notes], heights, "x", ms=3, color=COLOURS[place],
+                              transform=ax.get_xaxis_transform())
+            entries[place] = handle, short(name)
+        elif notes:
+            widths = [n.duration / quarter - min(GAP, n.duration / quarter / 4) for n in notes]
+            handle = ax.barh([n.pitch for n in notes], widths, left=[n.start / quarter for n in notes], height=0.8,
+                             color=COLOURS[place], alpha=0.85, linewidth=0, zorder=2)
+            entries[place] = handle, short(name)
+            pitches += [n.pitch for n in notes]
+    if not entries:
         ax.text(0.5, 0.5, "no notes", transform=ax.transAxes, ha="center", va="center")
     lines, step = [bar[0] / quarter for bar in shown], -(-len(shown) // 16)
     ax.set_xticks(lines, minor=True)
@@ -72,40 +86,56 @@ def _draw(ax, score, title, bars=None) -> tuple[int, int]:
     ax.tick_params(axis="x", which="both", length=0)
     ax.set(xlim=(lines[0], shown[-1][1] / quarter), xlabel="bar", ylabel="pitch")
     ax.set_title(title, loc="left")
-    return min(pitches, default=48), max(pitches, default=72)
+    return min(pitches, default=48), max(pitches, default=72), entries
 
 
-def _pitch_axis(ax, low: int, high: int) -> None:
+def _pitch_axis(ax, low: int, high: int, drums: bool) -> None:
+    """Name the pitches from `low` to `high`, above the band of the drums if there are any."""
     named = {0: "C", 4: "E", 7: "G"} if high - low <= 40 else {0: "C"}
     ticks = [p for p in range(low - 2, high + 3) if p % 12 in named]
     ax.set_yticks(ticks, [f"{named[p % 12]}{p // 12 - 1}" for p in ticks])
-    ax.set_ylim(low - 2.5, high + 2.5)
+    ax.set_ylim(low - 2.5 - drums * (high - low + 5) * BAND / (1 - BAND), high + 2.5)
+
+
+def _has_drums(*scores) -> bool:
+    return any(t.is_drum and t.notes for score in scores for t in score.tracks)
+
+
+def _legend(owner, entries: dict, height: float, **where) -> None:
+    """Names in the order of the places; many are in small print, and in columns no taller than `height` inches."""
+    if entries:
+        small = len(entries) > len(PALETTE)
+        owner.legend(*zip(*(entries[place] for place in sorted(entries)), strict=True), frameon=False,
+                     fontsize="x-small" if small else "medium",
+                     ncols=-(-len(entries) // max(1, int(height * (6 if small else 4.5)))), **where)
 
 
 def piano_roll(score, ax=None, title: str = "", bars: int | tuple[int, int] | None = None) -> plt.Axes:
-    """One rectangle a note, one colour a voice; time in bars counted from 1, pitch by name (C4 is middle C).
+    """One rectangle a note, one colour a voice; time in bars counted from 1, pitch by name (C4 is middle C). Drums are
+    crosses in a band below the pitches, a row for each drum.
 
     bars: how many bars to show from the start, or (first, last), both included; None shows all. Raises ValueError if
     the score has no such bar.
     """
     ax = ax or plt.subplots(figsize=(10, 3.6))[1]
-    _pitch_axis(ax, *_draw(ax, score, title, bars))
-    if ax.patches:
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    low, high, entries = _draw(ax, score, named_voices(score)[0], title, bars)
+    _pitch_axis(ax, low, high, _has_drums(score))
+    _legend(ax, entries, ax.figure.get_figheight(), loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
 def piano_rolls(scores, titles, columns: int = 3, bars: int | None = None) -> plt.Figure:
-    """A grid of piano rolls on one pitch axis, `bars` of each. The figure is closed in pyplot, so that a cell shows it
-    only once."""
+    """A grid of piano rolls on one pitch axis, `bars` of each; a track has one name and colour in all of them. The
+    figure is closed in pyplot, so that a cell shows it only once."""
     columns = min(columns, len(scores))
     fig, axes = plt.subplots(-(-len(scores) // columns), columns, sharey=True, squeeze=False, layout="constrained")
     fig.set_size_inches(4.2 * columns + 1, 2.8 * len(axes))
-    ranges = [_draw(ax, *pair, bars) for ax, pair in zip(axes.flat, zip(scores, titles, strict=True), strict=False)]
-    _pitch_axis(axes[0, 0], min(r[0] for r in ranges), max(r[1] for r in ranges))
-    handles = {name: h for ax in axes.flat for h, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if handles:
-        fig.legend(handles.values(), handles, loc="outside right upper", frameon=False)
+    pairs = zip(scores, named_voices(*scores), titles, strict=True)
+    drawn = [_draw(ax, *pair, bars) for ax, pair in zip(axes.flat, pairs, strict=False)]
+    lows, highs, entries = zip(*drawn, strict=True)
+    fig.rolls = SimpleNamespace(scores=list(scores), low=min(lows), high=max(highs))
+    _pitch_axis(axes[0, 0], fig.rolls.low, fig.rolls.high, _has_drums(*scores))
+    _legend(fig, dict(ChainMap(*entries)), fig.get_figheight(), loc="outside right upper")
     for ax in axes[:, 1:].flat:
         ax.set_ylabel("")
     for ax in axes.flat[len(scores):]:
@@ -120,12 +150,13 @@ def redraw(fig: plt.Figure, number: int, score, title: str, bars: int | None = N
     if fig.get_layout_engine():
         fig.draw_without_rendering()  # lays it out, once and for all
         fig.set_layout_engine("none")
-    ax, (low, high) = fig.axes[number], fig.axes[0].get_ylim()
+    ax, rolls = fig.axes[number], fig.rolls
     label = ax.get_ylabel()
     ax.clear()
-    lowest, highest = _draw(ax, score, title, bars)
+    lowest, highest, _ = _draw(ax, score, named_voices(*rolls.scores, score)[-1], title, bars)
     ax.set_ylabel(label)
-    _pitch_axis(fig.axes[0], min(lowest, round(low + 2.5)), max(highest, round(high - 2.5)))
+    rolls.low, rolls.high = min(lowest, rolls.low), max(highest, rolls.high)
+    _pitch_axis(fig.axes[0], rolls.low, rolls.high, _has_drums(*rolls.scores, score))
 
 
 def png(fig: plt.Figure, dpi: int = 130) -> bytes:
@@ -139,32 +170,35 @@ def png(fig: plt.Figure, dpi: int = 130) -> bytes:
 
 
 @cache
-def _synthesizer():
+def _soundfont() -> bytes:
     folder = importlib.util.find_spec("pretty_midi").submodule_search_locations[0]  # found, not imported
-    return symusic.Synthesizer(Path(folder) / "TimGM6mb.sf2", OVERSAMPLING * RATE, 4)
+    return Path(folder, "TimGM6mb.sf2").read_bytes()
 
 
 def waveform(score) -> tuple[np.ndarray, int]:
-    """(samples, rate): the score as float32 mono, peak 0.9, ending ROOM seconds after the last note.
+    """(samples, rate): the score as float32 mono, ending TAIL seconds after the last note: programs, drums, velocities,
+    tempo changes and pedals as the file has them.
 
-    Every pitched track sounds as the same electric piano, velocities are ignored, notes above C8 are silent. A score
-    without notes gives a second of silence.
+    All scores sound equally loud, LOUDNESS while something sounds, but no peak exceeds 0.9. A score without notes gives
+    a second of silence.
     """
-    if not any(t.notes for t in score.tracks):
+    tracks = [t for t in score.tracks if t.notes]
+    if not tracks:
         return np.zeros(RATE, np.float32), RATE
-    score = score.copy()
-    for track in score.tracks:
-        track.program = 0 if track.is_drum else PIANO
-    dry = _synthesizer().render(score, stereo=False)[0]
-    time = np.arange(int(ROOM * RATE)) / RATE
-    room = np.random.default_rng(0).standard_normal(len(time)) * 10 ** (-3 * time / ROOM)  # decaying noise
-    room *= 0.3 / np.linalg.norm(room)
-    room[0] += 1
-    length = len(dry) // OVERSAMPLING + len(room)
-    size = 1 << length.bit_length()
-    spectrum = np.fft.rfft(dry, OVERSAMPLING * size)[:size // 2 + 1]  # the lower part of the band: back to RATE
-    wet = np.fft.irfft(spectrum * np.fft.rfft(room, size))[:length]
-    return (0.9 / (np.abs(wet).max() or 1) * wet).astype(np.float32), RATE
+    score, sound, end = score.copy(), 0, max(n.end for t in tracks for n in t.notes)
+    tempos = sorted((t for t in score.tempos if t.time <= end), key=lambda t: t.time) or [symusic.Tempo(0, 120)]
+    # The renderer stops dead at the last event: a tempo that changes nothing lets the last notes ring.
+    score.tempos = [*tempos, symusic.Tempo(end + round(TAIL * tempos[-1].qpm / 60 * score.tpq), tempos[-1].qpm)]
+    for i in range(0, len(tracks), CHANNELS):  # more tracks would share a channel, and with it the program
+        score.tracks = tracks[i:i + CHANNELS]
+        with wave.open(io.BytesIO(midirenderer.render_wave_from(_soundfont(), score.dumps_midi()))) as file:
+            stereo = np.frombuffer(file.readframes(file.getnframes()), np.int16).reshape(-1, 2)
+        sound = sound + np.convolve(stereo[:, 0].astype(np.float32) + stereo[:, 1], HALF_BAND, "same")[::2]
+    sound[-int(TAIL * RATE):] *= np.linspace(1, 0, int(TAIL * RATE))
+    peak = np.abs(sound).max()
+    sounding = sound[np.abs(sound) > peak / 100]
+    level = np.sqrt(np.mean(sounding ** 2)) if len(sounding) else 1
+    return (sound * min(LOUDNESS / level, 0.9 / max(peak, 1e-9))).astype(np.float32), RATE
 
 
 def _ogg(samples: np.ndarray, rate: int) -> bytes:

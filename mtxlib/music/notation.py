@@ -1,77 +1,184 @@
 """A score on paper: MusicXML, and engraved as SVG.
 
-Notation works on the 16th grid. Notes are cut here, at bars and beats: music21 cuts at bars only. music21 and verovio
-are imported where they are used: music21 alone takes a second.
+Notation works on 24 positions a quarter. Each beat of a staff is written in 16ths, triplets of 8ths, 32nds or triplets
+of 16ths: the coarsest that moves its notes least. What lies on one of them is printed as it is; all else is rounded,
+also a beat that mixes them in one hand. Notes are cut here, at bars and beats: music21 cuts at bars only. music21 and
+verovio are imported where they are used: music21 alone takes a second.
 """
 
+from bisect import bisect_right
+from collections import Counter
+from fractions import Fraction
 from functools import cache
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import numpy as np
 import symusic
 
-from mtxlib.music.score import VOICES
+from mtxlib.music.score import VOICES, bar_starts
+
+QUARTER = 24  # positions
+STEPS = (6, 8, 3, 4)  # 16ths, triplets of 8ths, 32nds, triplets of 16ths, the coarser first
+TRIPLETS = (8, 4)
+VALUES = (1, 2, 3, 6, 9, 12, 18, 24, 36, 48, 72, 96, 144)  # what one head or rest can last, outside triplets
+KIT = {"F4": (35, 36), "G4": (41,), "A4": (43,), "B4": (45,), "C5": (37, 38, 39, 40), "D5": (47,), "E5": (48, 50),
+       "F5": (51, 53, 59), "G5": (42, 44, 46), "A5": (49, 52, 55, 57)}  # General MIDI's drums on the staff
+CYMBALS = ("F5", "G5", "A5")  # printed as x
+NAME = 24  # characters of a track's name that a picture shows
+
+
+def short(name: str) -> str:
+    return name if len(name) <= NAME else name[:NAME - 1] + "…"
 
 
 def _is_choral(score) -> bool:
+    """Programs of four voices, and no track with another name. Program 42 alone is a cello."""
     programs = [t.program for t in score.tracks]
-    return {42} != set(programs) <= set(VOICES) and len(set(programs)) == len(programs)  # 42 alone is a cello
+    return ({42} != set(programs) <= set(VOICES) and len(set(programs)) == len(programs)
+            and all(t.name in ("", VOICES[t.program]) for t in score.tracks))
 
 
-def named_voices(score) -> list[tuple[str, int, symusic.Track]]:
-    """(name, place, track) of each track that has notes; the choral voices from the top, whatever their order. The
-    place chooses the colour: one voice keeps it whatever others rest."""
-    voices = [(t.name or ("Drums" if t.is_drum else f"Track {i + 1}"), i, t) for i, t in enumerate(score.tracks)]
-    if _is_choral(score):
-        tracks = {t.program: t for t in score.tracks}
-        voices = [(VOICES[p], i, tracks[p]) for i, p in enumerate(VOICES) if p in tracks]
-    return [v for v in voices if v[2].notes]
+def named_voices(*scores) -> list[list[tuple[str, int, symusic.Track]]]:
+    """For each score (name, place, track) of every track that has notes, in the order of the places.
+
+    Name and place, which chooses the colour, are the same in all these scores, whatever rests in one of them or has no
+    name there: a track is known by its program. The first score with a track decides; choral voices stand from the top.
+    """
+    places, names, found = {}, {}, []
+    for score in scores:
+        if _is_choral(score):
+            for program, name in VOICES.items():
+                places.setdefault((program, False, 1), len(places))
+                names.setdefault((program, False, 1), name)
+        seen = Counter()
+        found.append([])
+        for track in score.tracks:
+            seen[kind] = seen[kind := (track.program, track.is_drum)] + 1
+            key = (*kind, seen[kind])
+            places.setdefault(key, len(places))
+            if track.name:
+                names.setdefault(key, track.name)
+            if track.notes:
+                found[-1].append((key, track))
+    named = {key: names.get(key) or ("Drums" if key[1] else f"Track {place + 1}") for key, place in places.items()}
+    return [[(named[key], places[key], track) for key, track in sorted(voices, key=lambda v: places[v[0]])]
+            for voices in found]
 
 
 def bars_of(score) -> list[tuple[int, int, tuple[int, int]]]:
     """(start, end, (beats, unit)) of every bar in ticks; 4/4 until told otherwise; an empty score has one bar."""
-    metres = {m.time: (m.numerator, m.denominator) for m in score.time_signatures}
-    bars, start, metre = [], 0, (4, 4)
-    while start < score.end() or not bars:
+    metres = {t.time: (t.numerator, t.denominator) for t in score.time_signatures}
+    lines, metre, bars = bar_starts(score), (4, 4), []
+    if len(lines) == 1:
+        beats, unit = metres.get(0, metre)
+        lines.append(max(1, 4 * score.tpq * beats // unit))
+    for start, end in pairwise(lines):
         metre = metres.get(start, metre)
-        full = start + max(1, 4 * score.tpq * metre[0] // metre[1])
-        end = min([full, *(t for t in metres if start < t < full)])  # a metre that changes inside a bar ends it
         bars.append((start, end, metre))
-        start = end
     return bars
 
 
-def _lines(notes) -> list[list[tuple[int, int, list[int]]]]:
-    """Notes as lines of (start, end, pitches): equal spans form a chord, overlapping ones go to a further line."""
+def _cell(metre: tuple[int, int]) -> int:
+    """Positions in a beat for the choice of STEPS: a quarter, but an eighth in metres of eighths."""
+    return max(1, min(QUARTER, 4 * QUARTER // metre[1]))
+
+
+def _placed(notes, cells, picture) -> tuple[list[tuple[int, int, int]], set[int]]:
+    """Notes as (start, end, pitch) where they can be written in the beats, (start, end) each, and the starts of those
+    in triplets. In a picture only onsets choose the step."""
+    starts, steps = [at for at, _ in cells], []
+    times = [[[] for _ in cells] for _ in range(1 if picture else 2)]  # onsets and ends in each beat
+    for note in notes:
+        for found, time in zip(times, note, strict=False):
+            cell = bisect_right(starts, time) - 1
+            found[cell].append(time - starts[cell])
+    for (at, end), *kinds in zip(cells, *times, strict=True):
+        possible = {step: [sum(abs(t - _nearest(t, step)) for t in kind) for kind in kinds]
+                    for step in STEPS if (end - at) % step == 0}
+        steps.append(min(possible, key=possible.get, default=1))
+
+    def place(time):
+        cell = bisect_right(starts, time) - 1
+        return starts[cell] + _nearest(time - starts[cell], steps[cell])
+
+    placed = []
+    for start, end, pitch in notes:
+        start = min(place(start), cells[-1][1] - steps[-1])
+        placed.append((start, max(place(end), start + steps[bisect_right(starts, start) - 1]), pitch))
+    return placed, {at for at, step in zip(starts, steps, strict=True) if step in TRIPLETS}
+
+
+def _nearest(time: int, step: int) -> int:
+    return (2 * time + step) // (2 * step) * step
+
+
+def _one_line(notes) -> list[tuple[int, int, int]]:
+    """What starts together ends together, where the next begins at the latest."""
+    ends = {}
+    for start, end, _ in notes:
+        ends[start] = max(end, ends.get(start, 0))
+    following = dict(pairwise(sorted(ends)))
+    return [(start, min(ends[start], following.get(start, ends[start])), pitch) for start, _, pitch in notes]
+
+
+def _lines(notes, triplets) -> list[tuple[set[int], list[tuple[int, int, list[int]]]]]:
+    """(triplets, chords as (start, end, pitches)) of each line: equal spans form a chord, overlapping ones go to a
+    further line."""
     chords, lines = {}, []
-    for n in notes:
-        chords.setdefault((n.start, n.end), set()).add(n.pitch)
+    for start, end, pitch in notes:
+        chords.setdefault((start, end), set()).add(pitch)
     for (start, end), pitches in sorted(chords.items(), key=lambda c: (c[0][0], -max(c[1]))):
         line = next((x for x in lines if x[-1][1] <= start), [])
         if not line:
             lines.append(line)
         line.append((start, end, sorted(pitches)))
-    return lines
+    return [(triplets, line) for line in lines]
 
 
-def _staves(score) -> list[tuple[list[str], bool, list]]:
-    """(names, drums?, lines) of each staff: S A and T B for just four monophonic voices, else one staff a track."""
-    parts = [([name], track.is_drum, _lines(track.notes)) for name, _, track in named_voices(score)]
-    if len(parts) == 4 and all(len(lines) == 1 and not drums for _, drums, lines in parts):
-        return [(a[0] + b[0], False, a[2] + b[2]) for a, b in (parts[:2], parts[2:])]
-    return parts or [([""], False, [[]])]
+def _hands(notes) -> list[list]:
+    """Two hands, split at middle C, where notes overlap and no clef holds them with two ledger lines."""
+    ordered, pitches = sorted(notes), [pitch for *_, pitch in notes]
+    if min(pitches) >= 55 or max(pitches) <= 65 or all(a[1] <= b[0] for a, b in pairwise(ordered)):
+        return [notes]
+    return [[n for n in notes if n[2] >= 60], [n for n in notes if n[2] < 60]]
 
 
-def _split(at: int, length: int, metre: tuple[int, int]):
-    """Lengths in 16ths that make up a note or rest at this place of the bar, each one writable and fair to the beat."""
-    unit = max(1, 16 // metre[1])
-    beat = 3 * unit if metre[0] % 3 == 0 and metre[1] >= 8 else min(4, unit)
+def _staves(track, cells, picture) -> list[list]:
+    """The lines of each staff of a track; in a picture a hand is one line, and so is what would need three."""
+    notes, staves = [(n.start, n.end, n.pitch) for n in track.notes], []
+    if track.is_drum:  # a hit has no length of its own: it lasts to the next one, or to the end of its beat
+        placed, triplets = _placed(notes, cells, True)
+        ends = [end for _, end in cells]
+        return [_lines(_one_line([(a, ends[bisect_right(ends, a)], pitch) for a, _, pitch in placed]), triplets)]
+    hands = _hands(notes) if picture else [notes]
+    for hand in hands:
+        placed, triplets = _placed(hand, cells, picture)
+        lines = _lines(placed, triplets)
+        crowded = picture and (len(hands) > 1 or len(lines) > 2)
+        staves.append(_lines(_one_line(placed), triplets) if crowded else lines)
+    return staves
+
+
+def _split(at: int, length: int, metre: tuple[int, int], triplets=()):
+    """Lengths that make up a note or rest at this place of the bar, each one writable and fair to the beat; `triplets`:
+    where in the bar the beats in triplets start."""
+    cell, unit = _cell(metre), max(1, 4 * QUARTER // metre[1])
+    compound = metre[0] % 3 == 0 and metre[1] >= 8
+    beat = 3 * unit if compound else min(QUARTER, unit)
     while length:
-        off = at % beat
-        syncopated = length == beat == 2 * off == 4  # a quarter between two beats stays whole
-        room = min(length, beat - off) if off and not syncopated else length
-        part = max(v for v in (1, 2, 3, 4, 6, 8, 12, 16, 24)
-                   if v <= room and (off or room < beat or v % beat == 0 or v == room and beat % 3))
+        begin, off = at - at % cell, at % beat
+        if begin in triplets and (at > begin or length < cell):
+            room = min(length, begin + cell - at)
+            part = max(v for v in (1, 2, 4, 8, 12, 16) if v <= room and (v != 12 or at % 12 == 0))
+        else:
+            last = (at + length) // cell * cell  # what ends within triplets is cut before them
+            room = last - at if last in triplets and last > at else length
+            syncopated = room == beat == 2 * off == QUARTER  # a quarter between two beats stays whole
+            room = min(room, beat - off) if off and not syncopated else room
+            room = min(room, 6 - at % 6) if at % 6 else room
+            part = max(v for v in VALUES
+                       if v <= room and (off or room < beat or v % beat == 0 or v == room and not compound))
         yield part
         at, length = at + part, length - part
 
@@ -91,13 +198,16 @@ def _fill(line, bar, make):
     """What a line has in this bar, as music21 elements in order: notes, cut and tied where needed, and rests."""
     from music21 import note, tie
 
+    triplets, chords = line
     (start, end, metre), at = bar, bar[0]
-    for begin, stop, pitches in [*(c for c in line if c[0] < end and c[1] > start), (end, end, [])]:
-        yield from (note.Rest(quarterLength=x / 4) for x in _split(at - start, max(begin, at) - at, metre))
+    triplets = {t - start for t in triplets if start <= t < end}
+    for begin, stop, pitches in [*(c for c in chords if c[0] < end and c[1] > start), (end, end, [])]:
+        yield from (note.Rest(quarterLength=Fraction(x, QUARTER))
+                    for x in _split(at - start, max(begin, at) - at, metre, triplets))
         at = max(begin, at)
-        for length in _split(at - start, min(stop, end) - at, metre):
+        for length in _split(at - start, min(stop, end) - at, metre, triplets):
             element = make(pitches)
-            element.quarterLength = length / 4
+            element.quarterLength = Fraction(length, QUARTER)
             if begin < at or at + length < stop:
                 element.tie = tie.Tie("start" if at == begin else "stop" if at + length == stop else "continue")
             yield element
@@ -117,18 +227,30 @@ def _accidentals(measure, signature) -> None:
                 seen[p.step, p.octave] = p.alter
 
 
-def _part(names, drums, lines, bars, fifths):
-    """One staff as a music21 part, bar by bar."""
-    from music21 import chord, clef, key, meter, note, percussion, pitch, stream
+def _maker(drums, fifths):
+    """What makes a note or chord of MIDI pitches; of drums, at their places on the staff."""
+    from music21 import chord, note, percussion, pitch
 
-    def make(pitches):
-        if drums:  # shifted so that the bass drum lies in the lowest space
-            heads = [note.Unpitched("{step}{octave}".format(**_spell(p + 29, 0))) for p in pitches]
-            return percussion.PercussionChord(heads) if len(heads) > 1 else heads[0]
+    def pitched(pitches):
         heads = [note.Note(pitch.Pitch(**_spell(p, fifths))) for p in pitches]
         return chord.Chord(heads) if len(heads) > 1 else heads[0]
 
-    mean = np.mean([p for line in lines for c in line for p in c[2]] or [60])
+    def hit(pitches):
+        places = [next((place for place, members in KIT.items() if p in members), "D4") for p in pitches]
+        heads = [note.Unpitched(place) for place in dict.fromkeys(places)]
+        for head in heads:
+            head.notehead = "x" if head.displayName in CYMBALS else "normal"
+        return percussion.PercussionChord(heads) if len(heads) > 1 else heads[0]
+
+    return hit if drums else pitched
+
+
+def _part(lines, bars, fifths, drums=False, paired=False):
+    """One staff as a music21 part, bar by bar; `paired`: two voices of a choir, stems up and down."""
+    from music21 import clef, key, meter, stream
+    from music21.stream.makeNotation import makeTupletBrackets
+
+    make, mean = _maker(drums, fifths), np.mean([p for _, line in lines for c in line for p in c[2]] or [60])
     part, signature = stream.Part(), key.KeySignature(0 if drums else fifths)
     for i, bar in enumerate(bars):
         measure, rests = stream.Measure(number=i + 1), set()
@@ -137,38 +259,71 @@ def _part(names, drums, lines, bars, fifths):
             measure.keySignature = signature
         if i == 0 or bar[2] != bars[i - 1][2]:
             measure.timeSignature = meter.TimeSignature(f"{bar[2][0]}/{bar[2][1]}")
-        for k, line in enumerate(lines):
+        for k, line in enumerate(lines or [(set(), [])]):
             measure.insert(0, voice := stream.Voice(id=str(k + 1)))
             for x in _fill(line, bar, make):
                 voice.append(x)
-                if not x.isRest and len(names) == 2:
+                for bracket in x.duration.tuplets:
+                    bracket.placement = "below" if paired and k else "above"
+                if not x.isRest and paired:
                     x.stemDirection = "down" if k else "up"
                 elif x.isRest and k:  # a rest of two voices is printed once; inside a track the upper line has them
-                    x.style.hideObjectOnPrint = len(names) == 1 or (x.offset, x.quarterLength) in rests
+                    x.style.hideObjectOnPrint = not paired or (x.offset, x.quarterLength) in rests
                 rests |= {(x.offset, x.quarterLength)} if x.isRest else set()
+            if any(bar[0] <= t < bar[1] for t in line[0]):
+                makeTupletBrackets(voice, inPlace=True)
         _accidentals(measure, signature)
         part.append(measure)
     measure.rightBarline = "final"
     return part.makeBeams(setStemDirections=False)
 
 
-def musicxml(score) -> str:
-    """The score as MusicXML on the 16th grid (finer rhythm is rounded), key signature and spelling guessed."""
+def _write_tempos(part, score, bars, picture) -> None:
+    """Tempos above the staff; a picture leaves out those within 5 % of the one it showed last."""
+    from music21 import tempo
+
+    measures, shown = list(part.getElementsByClass("Measure")), 0
+    for t in score.tempos:
+        if t.time < bars[-1][1] and not (picture and abs(t.qpm - shown) < 0.05 * shown):
+            i, shown = bisect_right(bars, t.time, key=lambda bar: bar[0]) - 1, t.qpm
+            mark = tempo.MetronomeMark(number=round(shown), numberSounding=round(shown, 3))
+            measures[i].insert(Fraction(t.time - bars[i][0], QUARTER), mark)
+
+
+def musicxml(score, picture: bool = False) -> str:
+    """The score as MusicXML, a part a track with all lengths, key signature and spelling guessed; four single voices go
+    on two staves. `picture`: for the eye; a pianist's track stands on two staves, and each hand's notes end at its next
+    onset."""
     from music21 import instrument, layout, note, stream
     from music21.musicxml.m21ToXml import ScoreExporter
 
-    score, fifths, whole = score.resample(4, 1), 0, stream.Score()
+    score, fifths, whole = score.resample(QUARTER, 1), 0, stream.Score()
     pitched = [n for t in score.tracks if not t.is_drum for n in t.notes]
     if pitched:
-        found = stream.Stream([note.Note(n.pitch, quarterLength=n.duration / 4) for n in pitched]).analyze("key")
+        found = stream.Stream([note.Note(n.pitch, quarterLength=n.duration / QUARTER) for n in pitched]).analyze("key")
         fifths = (found.sharps + 5) % 12 - 5
-    staves = _staves(score)
-    for i, staff in enumerate(staves, 1):
-        whole.insert(0, part := _part(*staff, bars_of(score), fifths))
-        part.insert(0, player := instrument.Instrument())
-        player.partId, part.partName = f"P{i}", staff[0][0] if len(staff[0]) == 1 < len(staves) else ""
-    if len(staves[0][0]) == 2:
-        whole.insert(0, layout.StaffGroup(list(whole.parts), symbol="brace", barTogether=True))
+    bars = bars_of(score)
+    cells = [(at, min(at + _cell(metre), end)) for start, end, metre in bars for at in range(start, end, _cell(metre))]
+    voices = [(name, track, _staves(track, cells, picture)) for name, _, track in named_voices(score)[0]]
+    if len(voices) == 4 and all(len(s) == 1 == len(s[0]) and not track.is_drum for _, track, s in voices):
+        pairs = [voices[i][2][0] + voices[i + 1][2][0] for i in (0, 2)]
+        groups = [("", None, [_part(lines, bars, fifths, paired=True) for lines in pairs])]
+    else:
+        groups = [(name if len(voices) > 1 else "", track, [_part(s, bars, fifths, track.is_drum) for s in staves])
+                  for name, track, staves in voices] or [("", None, [_part([], bars, fifths)])]
+    for name, track, parts in groups:
+        for part in parts:
+            whole.insert(0, part)
+            part.insert(0, player := instrument.Instrument(name))
+            player.partId = player.instrumentId = f"P{len(whole.parts)}"
+            player.partName = short(name) if picture else name
+            if len(parts) > 1:  # the brace has the name, or nothing
+                player.partName = ""
+            if track:
+                player.midiProgram, player.midiChannel = track.program, 9 if track.is_drum else None
+        if len(parts) > 1:
+            whole.insert(0, layout.StaffGroup(parts, name=short(name), symbol="brace", barTogether=True))
+    _write_tempos(whole.parts[0], score, bars, picture)
     root = ScoreExporter(whole, makeNotation=False).parse()
     for tag in ("movement-title", "identification"):  # music21's placeholders
         root.remove(root.find(tag))
@@ -196,7 +351,8 @@ def notation(score, bars: int | None = None) -> str:
     The page ends after 27,000 pixels, some 500 bars of a chorale: cut longer music into pieces.
     """
     score = score.clip(0, bars_of(score)[:bars][-1][1], clip_end=True) if bars else score
-    engraver = _engraver()
-    engraver.loadData(musicxml(score))
+    engraver, longest = _engraver(), max((len(short(t.name)) for t in score.tracks), default=0)
+    engraver.setOptions({"pageMarginLeft": 20 + 4 * longest})  # fonts are wider than the engraver believes
+    engraver.loadData(musicxml(score, picture=True))
     return engraver.renderToSVG(1)
 

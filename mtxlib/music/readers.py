@@ -1,4 +1,4 @@
-"""Files to scores in normal form: MIDI, MusicXML, the JSB grid.
+"""Files to scores in normal form: MIDI, MusicXML, the JSB grid; and what the normal form gives up of each, counted.
 
 Files are read in processes of their own, with a time limit a file: one that hangs or crashes its parser costs that file
 only (`processes`). Repeats are not expanded; grace notes and, in MusicXML, unpitched percussion are left out.
@@ -7,38 +7,60 @@ only (`processes`). Repeats are not expanded; grace notes and, in MusicXML, unpi
 import hashlib
 import io
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
-from symusic import Note, Score, TimeSignature, Track
+from symusic import Note, Score, Tempo, TimeSignature, Track
 
 from mtxlib.files import atomic, brief
-from mtxlib.music.score import MAX_BYTES, TPQ, VELOCITY, VOICES, Unusable, count_bars, key_of, normalise, within
+from mtxlib.music.score import (
+    DRUMS,
+    HIGH,
+    LOW,
+    MAX_BYTES,
+    TPQ,
+    VELOCITY,
+    VOICES,
+    Unusable,
+    bar_starts,
+    key_of,
+    normalise,
+    velocity_levels,
+    within,
+)
 from mtxlib.processes import apart
 
 SECONDS = {"xml": 60, "chorale": 60}  # limit a file; 5 for all other kinds
+ON, STEADY = 1 / 96, 0.6  # an onset this near to a position, in quarters, is on it; see `losses`
 KINDS = {".mid": "midi", ".midi": "midi", ".xml": "xml", ".musicxml": "xml", ".mxl": "xml"}
 
 
-def read_score(path: str | Path) -> Score:
-    """Read MIDI or MusicXML (.xml, .musicxml, .mxl) and normalise it. ValueError names the file and the reason. For
-    files that are known to be good: symusic crashes the process on some others, see `read_safely`."""
+def read_score(path: str | Path, **form) -> Score:
+    """Read MIDI or MusicXML (.xml, .musicxml, .mxl) and normalise it; `form`: the dials of `normalise`. ValueError
+    names the file and the reason. For files that are known to be good: symusic crashes the process on some others, see
+    `read_safely`."""
     try:
-        return normalise(READERS[KINDS.get(Path(path).suffix.lower(), "midi")](path))
+        return normalise(READERS[KINDS.get(Path(path).suffix.lower(), "midi")](path)[0], **form)
     except Exception as e:
         raise ValueError(f"{path}: {reason(e)}") from e
 
 
-def read_safely(music: str | Path | bytes) -> Score:
+def read_safely(music: str | Path | bytes, **form) -> Score:
     """`read_score` for files nobody has vouched for, an upload for one: a path, or what such a file holds.
 
     Read in a process of its own within the limits of time of `load_corpus`, 5 s for MIDI; one that hangs or crashes its
     parser raises ValueError like any other that cannot be read, with the reason in one sentence.
     """
+    return read_counted(music, **form)[0]
+
+
+def read_counted(music: str | Path | bytes, **form) -> tuple[Score, dict]:
+    """`read_safely`, and what the normal form gave up: see `losses`."""
     with tempfile.TemporaryDirectory() as folder:
         path, name = music, str(music)
         if isinstance(music, bytes):
@@ -46,10 +68,10 @@ def read_safely(music: str | Path | bytes) -> Score:
             path, name = Path(folder, f"music{suffix}"), "the file"
             path.write_bytes(music)
         kind, output = KINDS.get(Path(path).suffix.lower(), "midi"), Path(folder, "normal.mid")
-        [entry] = read_apart([(name, kind, str(path), "", str(output))], 1)
+        [entry] = read_apart([(name, kind, str(path), "", str(output), form)], 1)
         if "skipped" in entry:
             raise ValueError(f"{name}: {entry['skipped']}")
-        return Score(output)
+        return Score(output), entry["losses"]
 
 
 def read_bytes(path: str) -> bytes:
@@ -57,21 +79,65 @@ def read_bytes(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def parse_midi(data: bytes) -> Score:
+def parse_midi(data: bytes) -> tuple[Score, int]:
+    """The score, and how many program changes it gives up: each channel of a track keeps its first program."""
     if data[:4] != b"MThd":
         raise Unusable("not MIDI: no MThd header" if data else "empty: 0 bytes")
-    expected, found, at = int.from_bytes(data[10:12], "big"), 0, 14
+    expected, ticks, tracks, at = int.from_bytes(data[10:12], "big"), int.from_bytes(data[12:14], "big"), [], 14
     while (end := at + 8 + int.from_bytes(data[at + 4:at + 8], "big")) <= len(data):
-        found, at = found + (data[at:at + 4] == b"MTrk"), end
-    if found < expected or data[12:14] == b"\0\0":
-        raise Unusable(f"broken: {found} of {expected} tracks, {int.from_bytes(data[12:14], 'big')} ticks per quarter")
-    return Score.from_midi(data)
+        tracks += [(at + 8, end)] if data[at:at + 4] == b"MTrk" else []
+        at = end
+    if len(tracks) < expected or not ticks:
+        raise Unusable(f"broken: {len(tracks)} of {expected} tracks, {ticks} ticks per quarter")
+    if data[9] == 2:
+        raise Unusable(f"format 2: {expected} songs in one file, expected one; save each as a file of its own")
+    edited, n_changes = bytearray(data), 0
+    for start, end in tracks:
+        for place, program in first_programs(data[start:end]):
+            n_changes += data[start + place] != program
+            edited[start + place] = program
+    return Score.from_midi(bytes(edited)), n_changes
+
+
+def first_programs(events: bytes) -> list[tuple[int, int]]:
+    """(where in the events of a track a program stands, the one its channel had at its first note); symusic would make
+    a track of each program."""
+    if not re.search(rb"[\xc0-\xcf][\0-\x7f]", events):
+        return []
+    places, first, begun, at, status = [], {}, set(), 0, 0
+    events, n_bytes = events + bytes(4), len(events)  # a track may be cut off inside an event
+    while at < n_bytes:
+        _, at = variable(events, at)  # the wait before the event
+        if events[at] >= 0x80:
+            status, at = events[at], at + 1
+        kind, channel = status >> 4, status & 15
+        if kind == 0xF:  # of the system, or not music
+            size, at = variable(events, at + (status == 0xFF))
+            at += size
+            continue
+        if kind == 0xC and at < n_bytes:
+            places.append((at, channel))
+            if channel not in begun:
+                first[channel] = events[at]
+        elif kind == 9:
+            begun.add(channel)
+        at += 1 if kind in (0xC, 0xD) else 2
+    return [(place, first.get(channel, 0)) for place, channel in places if channel in begun]
+
+
+def variable(data: bytes, at: int) -> tuple[int, int]:
+    """A variable-length quantity, and where it ends."""
+    value = data[at] & 127
+    while data[at] >= 128:
+        at += 1
+        value = value << 7 | data[at] & 127
+    return value, at + 1
 
 
 def read_xml(path: str, parts: int = 0) -> Score:
-    """MusicXML, a track per part (of `parts` parts, if not 0), or four for two staves of two voices each. A pickup goes
-    to the end of its bar, by barDuration - duration of the first measure; full measures state their metre, so that
-    `metre_grid` finds the bar line again after an incomplete one."""
+    """MusicXML, a track per part, or four for two staves of two voices each; with `parts`, four voices in just so many
+    parts, whatever they are called. A pickup goes to the end of its bar; full measures state their metre, so that
+    `file_bars` finds the bar line again after an incomplete one."""
     from music21 import converter
 
     if zipfile.is_zipfile(io.BytesIO(read_bytes(path))):
@@ -80,51 +146,78 @@ def read_xml(path: str, parts: int = 0) -> Score:
     if parts and len(music.parts) != parts:
         raise Unusable(f"not {parts} parts: {len(music.parts)}")
     music.toSoundingPitch(inPlace=True)
-    score, metre, shift = Score(TPQ), (4, 4), 0.0
-    for m in music.parts[0].getElementsByClass("Measure"):
-        if m.timeSignature:
-            metre = m.timeSignature.numerator, m.timeSignature.denominator
-        missing = 4 * metre[0] / metre[1] - float(m.duration.quarterLength)
-        if m.offset == 0:
-            shift = max(missing, 0.0)
-            score.time_signatures.append(TimeSignature(0, *metre))
-        elif m.timeSignature or not missing:
-            score.time_signatures.append(TimeSignature(round((float(m.offset) + shift) * TPQ), *metre))
-    staves = [staff_voices(part) for part in music.parts]
+    columns = in_step(music.parts, score := Score(TPQ))
+    staves = [staff_voices(column) for column in columns]
     if len(staves) == 2 and all(len(upper_lower) == 2 for upper_lower in staves):
         for (program, name), line in zip(VOICES.items(), chain(*staves), strict=True):
             score.tracks.append(Track(name, program, False))
-            score.tracks[-1].notes.extend(tied(line, shift))
+            score.tracks[-1].notes.extend(tied(line))
         return score
-    for part in music.parts:
+    for part, column in zip(music.parts, columns, strict=True):
         instrument = part.getInstrument()
-        track = Track(part.partName or "", instrument.midiProgram or 0, instrument.midiChannel == 9)
-        track.notes.extend(tied([(n.offset, n) for n in part.flatten().notes], shift))
+        track = Track("", 0, False) if parts else Track(
+            part.partName or "", instrument.midiProgram or 0, instrument.midiChannel == 9)
+        track.notes.extend(tied([(start + n.offset, n) for start, m in column for n in m.flatten().notes]))
         score.tracks.append(track)
     return score
 
 
-def staff_voices(part) -> list[list[tuple]]:
-    """The upper and the lower voice of a staff, as (offset in quarters, music21 note), if it is written in two: in at
+def in_step(parts, score: Score) -> list[list[tuple]]:
+    """(start in quarters, measure) of the measures of each part; metres and tempos, whichever part states them, go into
+    `score`.
+
+    The n-th measures of all parts begin together, or those of one number where a part lacks some. They last until the
+    last note in any of them ends, or as long as the longest is written, which may not be longer than the metre.
+    """
+    columns = [list(part.getElementsByClass("Measure")) for part in parts]
+    numbers = [[m.measureNumberWithSuffix() for m in column] for column in columns]
+    longest = max(numbers, key=len, default=[])
+    order = {number: i for i, number in enumerate(longest)}
+    bars, result, at, metre = [[] for _ in longest], [[] for _ in columns], 0.0, (4, 4)
+    for i, (column, own) in enumerate(zip(columns, numbers, strict=True)):
+        by_number = len(order) == len(longest) and len(set(own)) == len(own) and set(own) <= set(order)
+        for n, m in enumerate(column):
+            bars[order[own[n]] if by_number else n].append((i, m))
+    for n, bar in enumerate(bars):
+        stated = [m.timeSignature for _, m in bar if m.timeSignature]
+        metre = (stated[0].numerator, stated[0].denominator) if stated else metre
+        full = 4 * metre[0] / metre[1]
+        sounding = max((x.offset + x.quarterLength for _, m in bar for x in m.flatten().notes), default=0)
+        length = max(sounding, min(full, max(m.duration.quarterLength for _, m in bar))) or full
+        if n == 0:
+            at = max(full - length, 0.0)
+        if n == 0 or stated or length == full:
+            score.time_signatures.append(TimeSignature(round(at * TPQ) if n else 0, *metre))
+        for i, m in bar:
+            result[i].append((at, m))
+            for mark in m.flatten().getElementsByClass("MetronomeMark"):
+                if (mark.getQuarterBPM() or 0) > 0:
+                    score.tempos.append(Tempo(round(float(at + mark.offset) * TPQ), mark.getQuarterBPM()))
+        at += float(length)
+    return result
+
+
+def staff_voices(column: list[tuple]) -> list[list[tuple]]:
+    """The upper and the lower voice of a staff, as (start in quarters, music21 note), if it is written in two: in at
     least half of its bars with notes, in none of them more, and without chords; else nothing. A bar that names no
     voices is the upper one's."""
     lines, n_bars, n_double = ([], []), 0, 0
-    for m in part.getElementsByClass("Measure"):
+    for start, m in column:
         voices = sorted(m.voices, key=lambda voice: str(voice.id)) if len(m.voices) else [m]
         n_bars += any(voice.notes for voice in voices)
         n_double += len(voices) == 2
         if len(voices) > 2 or any(n.isChord and "Harmony" not in n.classes for voice in voices for n in voice.notes):
             return []
         for line, voice in zip(lines, voices, strict=False):
-            line.extend((m.offset + n.offset + (voice.offset if voice is not m else 0), n) for n in voice.notes)
+            line.extend((start + n.offset + (voice.offset if voice is not m else 0), n) for n in voice.notes)
     return list(lines) if 2 * n_double >= n_bars > 0 else []
 
 
-def tied(line: list[tuple], shift: float) -> list[Note]:
-    """The notes of (offset in quarters, music21 note or chord), `shift` quarters later; tied ones are joined."""
+def tied(line: list[tuple]) -> list[Note]:
+    """The notes of (start in quarters, music21 note or chord); tied ones are joined."""
     notes, latest = [], {}
-    for offset, n in line:
-        start, end = (round(float(q) * TPQ) for q in (offset + shift, offset + shift + n.quarterLength))
+    for begin, n in line:
+        start, end = (round(float(q) * TPQ) for q in (begin, begin + n.quarterLength))
         heads = [] if n.duration.isGrace or "Harmony" in n.classes else n.notes if n.isChord else [n] * n.isNote
         for head in heads:
             before = latest.get(head.pitch.midi)
@@ -149,8 +242,10 @@ def read_grid(steps: list[list[int]]) -> Score:
     return score
 
 
-READERS = {"midi": lambda path: parse_midi(read_bytes(path)), "bytes": lambda text: parse_midi(text.encode("latin-1")),
-           "xml": read_xml, "chorale": lambda path: read_xml(path, parts=4), "grid": read_grid}
+READERS = {  # kind: (score, program changes given up) of what a task holds
+    "midi": lambda path: parse_midi(read_bytes(path)), "bytes": lambda text: parse_midi(text.encode("latin-1")),
+    "xml": lambda path: (read_xml(path), 0), "chorale": lambda path: (read_xml(path, parts=4), 0),
+    "grid": lambda steps: (read_grid(steps), 0)}
 
 
 def reason(e: Exception) -> str:
@@ -159,7 +254,7 @@ def reason(e: Exception) -> str:
 
 def describe(score: Score) -> dict:
     metres = dict.fromkeys(f"{ts.numerator}/{ts.denominator}" for ts in score.time_signatures)
-    return {"bars": count_bars(score), "metre": ",".join(metres), "voices": len(score.tracks),
+    return {"bars": len(bar_starts(score)) - 1, "metre": ",".join(metres), "voices": len(score.tracks),
             "tune": tune_of(score), "key": key_of(score)}
 
 
@@ -173,13 +268,45 @@ def tune_of(score: Score) -> str:
     return hashlib.sha256(str(intervals[:10]).encode()).hexdigest()[:12]
 
 
-def prepare(name: str, kind: str, given, split: str, output: str) -> dict:
+def losses(given: Score, normal: Score, n_programs: int, grid: int = 4, velocities: int = 0, tempos: int = 0,
+           pedal: bool = False) -> dict:
+    """What the normal form gave up of the notes of a file; the dials are those of `normalise`.
+
+    notes: in the file. kept: in the normal form. dropped: drum hits that MidiTok has no token for. merged: the others,
+    doubles of a note at one place. moved: onsets that went by more than a 64th. octaves: pitches moved into the range.
+    grids: {positions a quarter: share of the onsets that lie on them}. triplets: share on triplet 16ths, off the 16ths.
+    steady: share on 32nds or triplet 16ths, 0 where less than a tenth is on 8ths; below STEADY the music is not on the
+    quarters of its file. velocities: how far they moved on average. tempos, pedal, programs: changes and presses that
+    were given up.
+    """
+    arrays = [(t.is_drum, t.notes.numpy()) for t in given.tracks if len(t.notes)]
+    onset, pitch, velocity = (np.concatenate([notes[name] for _, notes in arrays]).astype(int)
+                              for name in ("time", "pitch", "velocity"))
+    is_drum = np.concatenate([np.full(len(notes["time"]), drum) for drum, notes in arrays])
+    quarters, levels = onset / given.tpq, velocity_levels(velocities)
+    on = {n: np.abs(quarters * n - np.round(quarters * n)) <= n * ON for n in (2, 4, 6, 8, 12, 24)}
+    steady = float((on[8] | on[12]).mean()) * (on[2].mean() >= 0.1)
+    moved = np.abs(quarters * grid - np.floor(quarters * grid + 0.5)) > grid / 16
+    dropped, kept = int((is_drum & ((pitch < DRUMS[0]) | (pitch > DRUMS[1]))).sum()), normal.note_num()
+    changes = sum(a.qpm != b.qpm for a, b in pairwise(sorted(given.tempos, key=lambda tempo: tempo.time)))
+    return {"notes": len(onset), "kept": kept, "dropped": dropped, "merged": len(onset) - kept - dropped,
+            "moved": int(moved.sum()), "octaves": int((~is_drum & ((pitch < LOW) | (pitch > HIGH))).sum()),
+            "grids": {str(n): round(float(on[n].mean()), 4) for n in (4, 8, 12, 24)},
+            "triplets": round(float((on[6] & ~on[4]).mean()), 4), "steady": round(steady, 4),
+            "velocities": round(float(np.abs(velocity[:, None] - levels).min(1).mean()), 2),
+            "tempos": max(0, changes + 1 - len(normal.tempos)), "programs": n_programs,
+            "pedal": 0 if pedal else sum(len(t.pedals) for t in given.tracks)}
+
+
+def prepare(name: str, kind: str, given, split: str, output: str, form: dict | None = None) -> dict:
     """The manifest entry of one task; the piece, if it is kept, is written to `output`. Runs in a reader process."""
     try:
         if kind not in READERS:
             raise Unusable(kind)
-        score = normalise(READERS[kind](given))
-        entry = {"name": name, "file": Path(output).name, "split": split, **describe(score)}
+        raw, n_programs = READERS[kind](given)
+        score = normalise(raw, **(form or {}))
+        entry = {"name": name, "file": Path(output).name, "split": split, **describe(score),
+                 "losses": losses(raw, score, n_programs, **(form or {}))}
     except Exception as e:
         return {"name": name, "skipped": reason(e)}
     atomic(output, lambda path: path.write_bytes(score.dumps_midi()))  # dump_midi does not tell when the disk is full

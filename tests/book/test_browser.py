@@ -25,7 +25,7 @@ from symusic import Score
 
 import mtxlib
 from mtxlib.config import Config
-from mtxlib.music.display import ROOM
+from mtxlib.music.display import TAIL
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt-get install chromium")
@@ -139,7 +139,7 @@ def move_listen_and_save(page) -> None:
     source, samples, rate = sound_of(page)
     saved = Score(said[1])
     assert source != clip and np.sqrt(np.mean(samples ** 2)) > 0.01 and saved.note_num() > 8
-    assert len(samples) / rate == pytest.approx(saved.to("second").end() + ROOM, abs=0.1)
+    assert len(samples) / rate == pytest.approx(saved.to("second").end() + TAIL, abs=0.1)
 
 
 def stays_here(page) -> bool:

@@ -147,6 +147,7 @@ def test_notebooks_are_committed_clean(path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code), "commit notebooks without outputs"
     assert not any(re.search(r"^class ", cell.source, re.MULTILINE) for cell in code), "classes belong in mtxlib"
+    assert "begin(globals())" in code[1].source and not any("chdir" in cell.source for cell in code)
     first, last = notebook.cells[0], notebook.cells[-1]
     assert first.source.startswith(f"# {path.stem[:2]} ") and "**The question.**" in first.source
     assert last.cell_type == "markdown" and "## The answer" in last.source

@@ -58,26 +58,29 @@ def upload(chooser, name: str, content: bytes) -> None:
 def test_the_slider_shows_what_morph_makes(own, pieces):
     m = widgets.Morph(own, pieces)
     assert bytes(m.picture.value).startswith(b"\x89PNG") and "data:audio/ogg;base64," in m.sound.value
-    [z] = own.asked
-    assert len(z) == widgets.STEPS  # all at once
+    assert [len(z) for z in own.asked] == [1]  # what is shown; the other steps when the slider is moved, all at once
     first = seen(m)
     for alpha in (0.0, 0.25, 1.0):
         m.alpha.value = alpha
         assert seen(m)[0] != first[0]
         assert m.score == own.morph(*own.encode_windows([m.a.window, m.b.window]), alpha)
+    assert [len(z) for z in own.asked[:2]] == [1, widgets.STEPS - 1]
     del own.asked[:]
     m.alpha.value = 0.5
     assert seen(m) == first and not own.asked and said(m) == ""
 
 
-def test_a_change_of_what_is_mixed_decodes_all_steps_once(own, pieces):
+def test_a_change_of_what_is_mixed_decodes_what_is_shown_or_all_that_one_seed_draws(own, pieces):
     m = widgets.Morph(own, pieces)
-    for widget, value in ((m.a.piece, list(m.a.music)[3]), (m.b.bars, 2), (m.temperature, 1.0), (m.seed, 5)):
+    for widget, value, n in ((m.a.piece, list(m.a.music)[3], 1), (m.b.bars, 2, 1), (m.temperature, 1.0, widgets.STEPS),
+                             (m.seed, 5, widgets.STEPS)):
         before, _ = seen(m), own.asked.clear()
         widget.value = value
-        assert [len(z) for z in own.asked] == [widgets.STEPS] and m.alpha.value == 0.5 and seen(m) != before
+        assert [len(z) for z in own.asked] == [n] and m.alpha.value == 0.5 and seen(m) != before
+        m.alpha.value = 1.0
         z = own.encode_windows([m.a.window, m.b.window])
-        assert torch.equal(own.asked[0][0], z[0]) and torch.equal(own.asked[0][-1], z[1])
+        assert torch.equal(own.asked[n != widgets.STEPS][0], z[0]) and torch.equal(own.asked[n != widgets.STEPS][-1], z[1])
+        m.alpha.value = 0.5
 
 
 def test_bar_by_bar(own, pieces):
@@ -86,7 +89,7 @@ def test_bar_by_bar(own, pieces):
     assert m.alpha.layout.display == "none" and m.by_bar.layout.display == ""
     own.asked.clear()
     alphas = np.linspace(0, 1, own.n_bars).round(2).tolist()
-    m.set_bars(alphas)
+    m.turn_to(m.bars, alphas)
     assert len(own.asked) == 1 and [dial.value for dial in m.bars] == alphas
     pair = own.encode_windows([m.a.window, m.b.window])
     assert m.score == own.morph(*pair, alphas) and f"at_{alphas[0]:.2f}_{alphas[1]:.2f}" in m.name
@@ -152,7 +155,8 @@ def test_steering_moves_along_the_directions_and_measures(own, pieces):
     [score] = own.decode(own.directions().move(z, {"register": 2.0}))
     assert s.score == score and seen(s)[0] != before[0] and "register+2.00" in s.name
     assert s.measured["register"].value.endswith(f"→ {ATTRIBUTES['register'](score):.2f}")
-    s.reset()
+    [reset] = [w for w in s.children[2].children if getattr(w, "description", "") == "Reset"]
+    reset.click()
     assert seen(s)[0] == before[0] and s.dials["register"].value == 0
 
 
@@ -167,6 +171,41 @@ def test_composing(own, pieces):
     shown = seen(c)
     c.compose()
     assert "learned prior" in said(c) and seen(c) == shown
+
+
+class Broken(RuntimeError):
+    """Of a kind that nobody foresaw."""
+
+
+@pytest.mark.parametrize("what", ["decode", "encode_windows", "generate"])
+def test_whatever_goes_wrong_is_one_sentence_and_what_was_shown_stays(own, pieces, what, caplog, monkeypatch):
+    m, c = widgets.Morph(own, pieces), widgets.Compose(own, pieces)
+    before = seen(m)
+
+    def broken(*args, **kwargs):
+        raise Broken("tensors of 313 and 348\nover two lines")
+
+    monkeypatch.setattr(own, what, broken)
+    m.a.piece.index = 3
+    told = said(m)
+    m.alpha.value = 1.0
+    c.compose()
+    sentence = "This went wrong: Broken: tensors of 313 and 348 over two lines"
+    assert (told if what != "generate" else said(c)) == sentence and said(c) != "Composing 16 bars …"
+    assert "Traceback" in caplog.text and (what == "generate" or m.a.place not in m.name)
+    if what == "decode":
+        assert said(m) == sentence and seen(m) == before
+
+
+def test_a_key_is_chosen_when_the_page_opens(own, pieces):
+    c = widgets.Compose(own, pieces)
+    assert c.key.index == 0 and c.key.label == "that of the beginning, or any"
+
+
+def test_the_page_of_the_app_says_why_there_is_nothing(own, tmp_path):
+    assert isinstance(widgets.app(str(own.folder)), type(widgets.play(own, own.pieces("train"))))
+    (own.folder / "model.safetensors").unlink()
+    assert "is not a finished run: expected model.safetensors" in widgets.app(str(own.folder)).value
 
 
 def test_all_three_and_steering_when_it_is_opened(own, pieces):

@@ -8,9 +8,10 @@ import torch
 from mtxlib.config import BOS, EOS, MASK, PAD
 from mtxlib.data.store import SlotTable
 from mtxlib.data.tokens import Codec, load_tokenizer
-from mtxlib.latent.decode import choose, cut_after_eos, decode, prior_latents
+from mtxlib.latent.decode import Place, choose, cut_after_eos, decode, prior_latents
 from mtxlib.latent.interpolate import mix, slerp
 from mtxlib.model.vae import MusicVAE
+from mtxlib.music.score import note_counts
 
 KINDS = [("rows", "both"), ("rows", "cross"), ("conv", "in"), ("linear2d", "both"), ("linear1d", "both"),
          ("none", "both")]
@@ -48,14 +49,30 @@ def test_temperature_0_is_the_argmax_of_the_full_pass_on_its_own_output(bottlene
         ids = torch.tensor([sequence])
         slots = codec.table.slots(ids)
         logits = model.decode(ids[:, :-1], slots[:, :-1], z[i:i + 1], is_live[i:i + 1])[0]
-        logits[:, [PAD, BOS, MASK]] = -torch.inf
-        clock = codec.table.start(1)
+        place = Place(codec.table, grammar, 1)
         for t in range(len(sequence) - 1):
-            clock, _ = codec.table.advance(clock, ids[:, t])
-            if grammar:
-                logits[t, ~grammar.allows(ids[:, t], clock)[0]] = -torch.inf
+            place.read(ids[:, t].numpy())
+            logits[t, torch.from_numpy(place.forbids(logits.shape[1])[0])] = -torch.inf
             best, ours = logits[t].max(), logits[t, sequence[t + 1]]
             assert (best - ours).item() < 1e-4, f"token {t + 1} of sequence {i}"
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 30.0])
+def test_no_weights_write_a_note_twice_at_one_place(scale, temperature, config, store, codec):
+    """Untrained and spoilt weights, with a beginning of its own for each sequence."""
+    model = MusicVAE(config.model, store.vocab_size, store.n_bars).eval()
+    with torch.no_grad():
+        for p in model.decoder.parameters():
+            p.add_(scale * torch.randn_like(p))
+    for seed in range(3):
+        z = 10 ** seed * prior_latents(model, 6, 30, seed)
+        begin = [store.ids[a:b].tolist()[:1 + 20 * seed + i] for i, (a, b) in
+                 enumerate(zip(store.offsets[:6], store.offsets[1:7], strict=True))]
+        out = decode(model, codec.table, z, max_tokens=300, temperature=temperature, seed=seed, begin=begin,
+                     grammar=codec.grammar)
+        for ids, given in zip(out, begin, strict=True):
+            assert ids[:len(given)] == given and max(note_counts(codec.decode(ids)).values(), default=1) == 1
 
 
 def test_samples_depend_on_the_seed_alone(config, store, codec):
@@ -88,16 +105,16 @@ class Scripted:
         self.step += 1
         who = self.z[:, 0, 0].long().tolist()
         self.asked.append(who)
-        logits = torch.zeros(len(who), 1, 8)
+        logits = torch.zeros(len(who), 8)
         for row, i in enumerate(who):
-            logits[row, 0, EOS if self.step >= self.lengths[i] else 5] = 50.0
+            logits[row, EOS if self.step >= self.lengths[i] else 5] = 50.0
         return logits
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_finished_sequences_leave_the_batch(temperature):
     lengths = [3, 9, 1, 4, 9, 2, 20, 5, 1, 6]
-    model, table = Scripted(lengths), SlotTable([[0, 0, -1, 0, 0, 0]] * 8, 1)
+    model, table = Scripted(lengths), SlotTable([[0, -1, -1, -1]] * 8, 1)
     out = decode(model, table, torch.arange(10.0)[:, None, None], max_tokens=12, temperature=temperature)
     for ids, n in zip(out, lengths, strict=True):
         assert ids == ([BOS] + [5] * (n - 1) + [EOS] if n < 12 else [BOS] + [5] * 11), "the seventh is cut"

@@ -120,32 +120,50 @@ def test_rotary_keeps_lengths_and_starts_anywhere():
 
 # -- the cache ------------------------------------------------------------------------------------------------------
 
+def stack(cross):
+    """Two blocks with weights unlike those of a new one, their memory, and the blocks one after the other."""
+    blocks = nn.ModuleList(DecoderBlock(D, H, cross=cross) for _ in range(2)).eval()
+    for p in blocks.parameters():
+        nn.init.normal_(p, std=0.3)
+    memory = [b.cross.keys_values(torch.randn(B, K, D)) if cross else None for b in blocks]
+
+    def full(x, added, rows, may_attend=None):
+        for block, more, kv in zip(blocks, added, memory, strict=True):
+            x = block(x + more, kv and (kv[0][rows], kv[1][rows]), may_attend)
+        return x
+
+    return blocks, memory, full
+
+
+@pytest.mark.parametrize("cross", [True, False])
 @pytest.mark.parametrize("prefill", [1, 3])
-def test_cached_steps_are_the_full_pass(prefill):
-    layer, x = SelfAttention(D, H).eval(), torch.randn(B, T, D)
-    cache = Cache(B, H, T, E, x)
-    parts = [x[:, :prefill], *x[:, prefill:].split(1, dim=1)]
-    steps = torch.cat([layer(part, causal=True, cache=cache) for part in parts], dim=1)
-    torch.testing.assert_close(steps, layer(x, causal=True))
+def test_cached_steps_are_the_full_pass(prefill, cross):
+    """With sequences leaving on the way."""
+    blocks, memory, full = stack(cross)
+    x, added, may_attend = torch.randn(B, T, D), torch.randn(2, B, T, D), torch.rand(B, 1, 1, K) < 0.7
+    may_attend[..., 0] = True
+    expected = full(x, added, slice(None), may_attend if cross else None)
+    cache, rows, seen = Cache(blocks, B, T, memory, may_attend if cross else None), torch.arange(B), 0
+    while seen < T:
+        end = seen + (1 if seen else prefill)
+        step = cache.read(x[rows, seen:end], [a[rows, seen:end].flatten(0, 1) for a in added])
+        torch.testing.assert_close(step, expected[rows, seen:end], atol=1e-5, rtol=1e-4)
+        seen = end
+        if seen == T - 1:
+            cache.keep(torch.tensor([2, 0]))
+            rows = rows[[2, 0]]
     assert cache.length == T
 
 
-def test_a_cache_keeps_the_sequences_it_is_told():
-    layer, x = SelfAttention(D, H).eval(), torch.randn(B, 2, D)
-    cache, rows = Cache(B, H, 2, E, x), torch.tensor([2, 0])
-    layer(x[:, :1], causal=True, cache=cache)
-    cache.keep(rows)
-    torch.testing.assert_close(layer(x[rows, 1:], causal=True, cache=cache), layer(x, causal=True)[rows, 1:])
-
-
 def test_a_cache_that_is_full_or_fed_too_much_says_so():
-    layer, x = SelfAttention(D, H), torch.randn(B, 4, D)
-    with pytest.raises(ValueError, match="holds 3 positions, got 4"):
-        layer(x, causal=True, cache=Cache(B, H, 3, E, x))
-    cache = Cache(B, H, 4, E, x)
-    layer(x[:, :1], causal=True, cache=cache)
-    with pytest.raises(ValueError, match="one position at a time, got 2"):
-        layer(x[:, 1:3], causal=True, cache=cache)
+    blocks, memory, _ = stack(cross=False)
+    x = torch.randn(B, 4, D)
+    with pytest.raises(ValueError, match="holds 3 positions .* got 4 after 0"):
+        Cache(blocks, B, 3).read(x)
+    cache = Cache(blocks, B, 4)
+    cache.read(x[:, :1])
+    with pytest.raises(ValueError, match="takes one at a time: got 2 after 1"):
+        cache.read(x[:, 1:3])
 
 
 # -- blocks ---------------------------------------------------------------------------------------------------------

@@ -127,14 +127,15 @@ def test_a_schedule_without_a_clock_is_refused(schedule):
 
 @pytest.mark.parametrize("beta", [1e-4, 0.003, 0.1, 0.99, 1.0])
 def test_beta_is_steered_towards_the_target_and_stays_in_its_bounds(beta):
+    beta, on_target, above = torch.tensor([beta, 200.0, 300.0], dtype=torch.float64)
     rates = [0.0, 20.0, 100.0, 199.0, 200.0, 201.0, 400.0, 20_000.0, 1e12]
-    betas = [steer(beta, kl, 200.0, 1.0) for kl in rates]
+    betas = [steer(beta, torch.tensor(kl).double(), 200.0, 1.0) for kl in rates]
     assert betas == sorted(betas) and all(1e-4 <= b <= 1.0 for b in betas), "the higher the rate the dearer, in bounds"
-    assert steer(beta, 200.0, 200.0, 1.0) == beta, "on target it stays"
+    assert steer(beta, on_target, 200.0, 1.0) == beta, "on target it stays"
     for kl, moved in zip(rates, betas, strict=True):
         if (beta < 1.0 and kl > 200) or (beta > 1e-4 and kl < 200):
             assert (moved > beta) == (kl > 200) and moved != beta, "at a bound it turns back at once"
-    assert steer(beta, 300.0, 200.0, beta) == beta, "beta_max is the most"
+    assert steer(beta, above, 200.0, beta) == beta, "beta_max is the most"
 
 
 @pytest.mark.parametrize("start", [0.001, 0.01, 1.0])
@@ -142,11 +143,11 @@ def test_beta_is_steered_towards_the_target_and_stays_in_its_bounds(beta):
 def test_steering_settles_on_the_target(b, start):
     """A model stands in whose rate falls as beta ** -b, with 10 % of noise, while the target is lowered from 400 to 200
     as in training. At beta = 0.1 its rate would be 200."""
-    noise, beta, rates = random.Random(0), start, []
+    noise, beta, rates = random.Random(0), torch.tensor(start), []
     for step in range(2500):
         rates.append(200 * (beta / 0.1) ** -b * noise.lognormvariate(0, 0.1))
         beta = steer(beta, rates[-1], rate_at(step, 200.0, 400.0, 500), 1.0)
-    assert sum(rates[-500:]) / 500 == pytest.approx(200, rel=0.03) and beta == pytest.approx(0.1, rel=0.15)
+    assert sum(rates[-500:]) / 500 == pytest.approx(200, rel=0.03) and float(beta) == pytest.approx(0.1, rel=0.15)
 
 
 @pytest.mark.parametrize("step, expected", [(0, 400.0), (50, 250.0), (100, 100.0), (5000, 100.0)])

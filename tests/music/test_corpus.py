@@ -1,191 +1,31 @@
-"""Sources on small data made here, the normal form against MidiTok, bar lines and keys against music21."""
+"""Sources on small data made here: what is kept, cached, split, and told."""
 
 import hashlib
 import json
 import random
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import four_voices
-from symusic import Note, Score, Tempo, TimeSignature, Track
+from scores import Q, broken_files, melody, metres_of, notes_of, quarters, score_of
+from symusic import Score
 
 from mtxlib.music import corpus, readers
 from mtxlib.music.corpus import Piece, load_corpus, split_by_tune
-from mtxlib.music.readers import read_safely, read_score
-from mtxlib.music.score import VOICES, count_bars, key_of, normalise
+from mtxlib.music.readers import read_score
+from mtxlib.music.score import normalise
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
-Q = 480  # ticks a quarter
-
-
-def score_of(*tracks, metres=(), tempo=None, tpq=Q):
-    """tracks: (program, [(onset, duration, pitch)]) in quarters; program -1 is drums. metres: (onset, over, under)."""
-    score = Score(tpq)
-    for program, notes in tracks:
-        track = Track(f"track {program}", max(program, 0), program < 0)
-        track.notes.extend([Note(round(t * tpq), round(d * tpq), p, 50 + p % 40) for t, d, p in notes])
-        score.tracks.append(track)
-    score.time_signatures.extend([TimeSignature(round(t * tpq), over, under) for t, over, under in metres])
-    if tempo:
-        score.tempos.append(Tempo(0, tempo))
-    return score
-
-
-def melody(seed, n=16, low=60):
-    r = random.Random(seed)
-    return [(i, 1, low + r.randrange(12)) for i in range(n)]
-
-
-def notes_of(score):
-    return sorted((-1 if t.is_drum else t.program, n.time * Q // score.tpq, n.duration * Q // score.tpq, n.pitch)
-                  for t in score.tracks for n in t.notes)
-
-
-def metres_of(score):
-    return [(ts.time * Q // score.tpq, ts.numerator, ts.denominator) for ts in score.time_signatures]
-
-
-def quarters(score, track=0):
-    return [(n.time / Q, n.duration / Q, n.pitch) for n in score.tracks[track].notes]
 
 
 def manifest(folder):
     return {e["name"]: e for e in json.loads((folder / "manifest.json").read_text())}
-
-
-# ---- the normal form
-
-
-def test_four_voices_become_soprano_to_bass_on_the_grid():
-    voices = [[(i + 0.02 * (v - 1), 0.97, 48 + 7 * v) for i in range(1, 9)] for v in range(4)]
-    score = normalise(score_of(*((0, v) for v in voices), tempo=72, tpq=96))
-    assert [(t.program, t.name) for t in score.tracks] == list(VOICES.items())
-    assert [t.notes[0].pitch for t in score.tracks] == [69, 62, 55, 48]
-    assert score.tpq == 480 and score.tempos[0].qpm == pytest.approx(72) and len(score.tempos) == 1
-    for t in score.tracks:
-        assert [(n.time, n.duration, n.velocity) for n in t.notes] == [(i * Q, Q, 80) for i in range(1, 9)]
-
-
-def test_voices_that_are_named_already_may_cross():
-    low, high = [(0, 1, 40)], [(0, 1, 80)]
-    score = normalise(score_of((54, high), (52, low), (42, low), (53, high)))
-    assert [(t.program, t.notes[0].pitch) for t in score.tracks] == [(52, 40), (53, 80), (54, 80), (42, 40)]
-
-
-def test_other_music_keeps_its_programs_apart():
-    tracks = [(0, melody(1)), (0, melody(2)), (33, melody(3)), (0, melody(4)), (1, melody(5)), (-1, [(0, 1, 36)]),
-              (-1, [(1, 1, 38), (2, 1, 5)])]
-    score = normalise(score_of(*tracks, tempo=1000))
-    assert [(t.program, t.is_drum) for t in score.tracks] == [(p, False) for p in (0, 2, 33, 3, 1)] + [(0, True)]
-    assert quarters(score, 5) == [(0, 1, 36), (1, 1, 38)]  # the drums are one track, without the hit MidiTok lacks
-    assert score.tempos[0].qpm == pytest.approx(96)
-    full = normalise(score_of(*[(7, melody(i)) for i in range(128)]))
-    assert sorted(t.program for t in full.tracks) == list(range(128))
-    assert {t.program for t in full.tracks[:8]} == set(range(8)), "the family of 8 comes first"
-
-
-@pytest.mark.parametrize("given, expected", [
-    ((3, 4), "3/4"), ((6, 8), "6/8"), ((12, 8), "12/8"), ((2, 2), "4/4"), ((3, 2), "6/4"), ((12, 16), "6/8"),
-    ((8, 4), "4/4"), ((3, 16), "3/8"), ((4, 8), "2/4"), ((11, 8), "4/4"), ((7, 8), "7/8")])
-def test_metres_that_miditok_does_not_know_are_rewritten(given, expected):
-    score = normalise(score_of((0, melody(0, 24)), metres=[(0, *given)]))
-    quarters_a_bar = 4 * int(expected[0:-2]) / int(expected[-1])
-    entry = readers.describe(score)
-    assert entry["metre"] == expected and entry["bars"] == -(-24 // quarters_a_bar)
-
-
-def test_metre_changes_fall_on_bar_lines():
-    notes = [(0, melody(0, 32))]
-    score = normalise(score_of(*notes, metres=[(0, 4, 4), (6, 3, 4)]))
-    assert metres_of(score) == [(0, 4, 4), (4 * Q, 2, 4), (6 * Q, 3, 4)] and count_bars(score) == 2 + 9
-    score = normalise(score_of(*notes, metres=[(0, 4, 4), (4.25, 3, 4)]))  # no metre is a 16th long: wait for the bar
-    assert metres_of(score) == [(0, 4, 4), (8 * Q, 3, 4)]
-    score = normalise(score_of(*notes, metres=[(4, 3, 4), (100, 5, 4)]))
-    assert metres_of(score) == [(0, 4, 4), (4 * Q, 3, 4)]
-
-
-def test_empty_bars_in_front_are_left_out_but_no_part_of_a_bar():
-    score = normalise(score_of((0, [(13, 1, 60), (20, 1, 62)]), metres=[(0, 4, 4), (8, 3, 4), (14, 4, 4)]))
-    assert quarters(score) == [(2, 1, 60), (9, 1, 62)] and metres_of(score) == [(0, 3, 4), (3 * Q, 4, 4)]
-
-
-def test_notes_of_one_pitch_do_not_overlap_and_stay_in_range():
-    score = normalise(score_of((0, [(0, 4, 60), (1, 1, 60), (1, 2, 60), (1, 1, 64), (8, 40, 12), (60, 0.01, 120)])))
-    assert quarters(score) == [(0, 1, 60), (1, 2, 60), (1, 1, 64), (8, 16, 24), (60, 0.25, 108)]
-    assert quarters(normalise(score_of((0, [(0, 40, 60)]), metres=[(0, 6, 8)]))) == [(0, 8, 60)]  # 16 beats are 16/8
-
-
-def test_normal_form_is_stable_and_lossless_through_miditok():
-    from miditok import REMI, TokenizerConfig
-
-    remi = REMI(TokenizerConfig(
-        pitch_range=(21, 109), beat_res={(0, 16): 4}, use_velocities=False, use_programs=True, use_time_signatures=True,
-        time_signature_range={4: list(range(1, 8)), 8: [3, 5, 6, 7, 9, 12]}))
-    lost = 0
-    for seed in range(60):
-        r, tpq = random.Random(seed), random.Random(seed).choice([1, 24, 220, 480, 960])
-        tracks = [(r.choice([-1, 0, 0, 42, 52, 53, 54, 127]), [
-            (r.randrange(240) / 4 + r.random() / 9, r.choice([0.1, 0.5, 1, 30]), r.randrange(128))
-            for _ in range(r.randrange(60))]) for _ in range(r.choice([1, 4, 4, 9]))]
-        metres = [(r.randrange(160) / 4, r.randrange(1, 14), r.choice([1, 2, 4, 4, 8, 16]))
-                  for _ in range(r.randrange(4))]
-        try:
-            score = normalise(score_of(*tracks, metres=metres, tpq=tpq))
-        except ValueError as e:
-            assert str(e) == "no notes"
-            continue
-        again = normalise(score)
-        assert (notes_of(again), metres_of(again)) == (notes_of(score), metres_of(score)), seed
-        back = remi.decode(remi.encode(score))
-        lost += (notes_of(back), metres_of(back)) != (notes_of(score), metres_of(score))
-    assert lost == 0
-
-
-@pytest.mark.parametrize("tracks, message", [
-    ([], "no notes"), ([(-1, [(0, 1, 1)])], "no notes"),
-    ([(i, [(0, 1, 60)]) for i in range(128)] + [(0, [(0, 1, 60)])], "too many tracks: 129, at most 128"),
-    ([(0, [(0, 1, 60), (4 * 4000, 1, 60)])], "too many bars: 4,001, at most 4,000")])
-def test_scores_beyond_the_limits_are_refused(tracks, message):
-    with pytest.raises(ValueError, match=message):
-        normalise(score_of(*tracks))
-
-
-def test_too_many_notes(monkeypatch):
-    monkeypatch.setattr("mtxlib.music.score.MAX_NOTES", 15)
-    with pytest.raises(ValueError, match="too many notes: 16, at most 15"):
-        normalise(score_of((0, melody(0))))
-
-
-# ---- what the manifest says
-
-
-def test_key_agrees_with_music21():
-    from music21 import analysis, note, stream
-
-    for seed in range(12):
-        r = random.Random(seed)
-        scale = [r.randrange(12) + p for p in r.choice([(0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 11)])]
-        notes = [(i, r.choice([0.5, 1, 2]), 60 + r.choice(scale)) for i in range(40)]
-        part = stream.Stream()
-        for t, d, p in notes:
-            part.insert(t, note.Note(p, quarterLength=d))
-        k = analysis.discrete.KrumhanslKessler(part).getSolution(part)
-        tonic, mode = key_of(score_of((0, notes))).split()
-        spelled = note.Note(tonic[0].upper() + tonic[1:].replace("b", "-"))
-        assert (mode, spelled.pitch.pitchClass) == (k.mode, k.tonic.pitchClass), seed
-    assert key_of(score_of((-1, [(0, 1, 40)]))) == ""
-
-
-def test_tune_survives_transposition_rhythm_and_repeated_notes():
-    line = [60, 62, 64, 65, 64, 62, 67, 69, 71, 72, 74, 50, 51]
-    one = score_of((0, [(i, 1, p) for i, p in enumerate(line)]), (1, melody(1, low=30)))
-    twice = [(2 * i + j, 1, p + 5) for i, p in enumerate(line[:11]) for j in (0, 1)]
-    same = score_of((1, melody(2, low=30)), (0, twice))
-    other = score_of((0, [(i, 1, p) for i, p in enumerate([61, *line[1:]])]))
-    assert readers.tune_of(one) == readers.tune_of(same) != readers.tune_of(other)
 
 
 def test_splits_are_a_function_of_the_tune():
@@ -204,136 +44,6 @@ def test_no_split_is_empty_from_three_tunes_on():
         assert set(split_by_tune(tunes[start:start + 3], {}).values()) == set(corpus.SPLITS)
     assert split_by_tune(tunes[:3], dict.fromkeys(tunes[:3], "train")) == dict.fromkeys(tunes[:3], "train")
     assert len(split_by_tune(tunes[:2], {})) == 2
-
-
-# ---- readers
-
-
-XML = """<?xml version="1.0"?><score-partwise version="3.0"><part-list>
-<score-part id="P1"><part-name>Clarinet</part-name></score-part>
-<score-part id="P2"><part-name>Piano</part-name></score-part></part-list><part id="P1">
-<measure number="0" implicit="yes"><attributes><divisions>2</divisions>
-<time><beats>3</beats><beat-type>4</beat-type></time>
-<transpose><diatonic>-1</diatonic><chromatic>-2</chromatic></transpose></attributes>{a}</measure>
-<measure number="1">{b}</measure><measure number="2">{c}</measure></part>
-<part id="P2"><measure number="0" implicit="yes"><attributes><divisions>2</divisions></attributes>{r1}</measure>
-<measure number="1">{chord}</measure><measure number="2">{r6}</measure></part></score-partwise>"""
-
-
-def xml_note(step, octave, length, extra="", head=""):
-    return (f"<note>{head}<pitch><step>{step}</step><octave>{octave}</octave></pitch><duration>{length}</duration>"
-            f"{extra}</note>")
-
-
-def test_musicxml_with_pickup_tie_chord_grace_note_and_transposition(tmp_path):
-    rest = "<note><rest/><duration>{}</duration></note>".format
-    file = tmp_path / "pickup.musicxml"
-    file.write_text(XML.format(
-        a=xml_note("D", 5, 2), b=xml_note("E", 5, 4) + xml_note("F", 5, 2, '<tie type="start"/>'),
-        c=xml_note("F", 5, 2, '<tie type="stop"/>') + xml_note("G", 5, 4)
-        + "<note><grace/><pitch><step>A</step><octave>5</octave></pitch></note>", r1=rest(2), r6=rest(6),
-        chord=xml_note("C", 3, 6) + xml_note("E", 3, 6, head="<chord/>")))
-    score = read_score(file)
-    assert metres_of(score) == [(0, 3, 4)] and len({t.program for t in score.tracks}) == 2
-    assert quarters(score) == [(2, 1, 72), (3, 2, 74), (5, 2, 75), (7, 2, 77)]  # sounding: a tone lower
-    assert quarters(score, 1) == [(3, 3, 48), (3, 3, 52)]
-
-
-@pytest.mark.parametrize("metres", [[((4, 4), 6)], [((3, 4), 7)], [((4, 4), 2), ((3, 4), 3)]])
-@pytest.mark.parametrize("pickup", [0, 1, 3])
-def test_a_chorale_on_two_staves_is_read_as_the_four_voices_it_was_written_from(metres, pickup, tmp_path):
-    """With rests, ties over bar lines, syncopations, a voice that is silent for two bars, and crossing voices."""
-    from mtxlib.music.notation import musicxml
-
-    written = four_voices(pickup, metres, spread=9)
-    for i, track in enumerate(written.tracks):
-        track.notes = [n for n in track.notes if n.start >= pickup * Q and (i != 2 or not 4 * Q <= n.start < 12 * Q)]
-    written = normalise(written)
-    file = tmp_path / "closed.musicxml"
-    file.write_text(musicxml(written))
-    score = read_score(file)
-    assert (notes_of(score), metres_of(score)) == (notes_of(written), metres_of(written))
-    assert [(t.program, t.name) for t in score.tracks] == list(VOICES.items())
-
-
-def test_a_piano_staff_with_a_second_voice_now_and_then_stays_one_track(tmp_path):
-    from music21 import chord, note, stream
-
-    def hand(pitch, doubled, with_chord):
-        part = stream.Part()
-        for i in range(8):
-            upper, lower = stream.Voice(id="1"), stream.Voice(id="2")
-            upper.append([note.Note(pitch + i, quarterLength=2), note.Note(pitch, quarterLength=2)])
-            lower.append(chord.Chord([pitch - 9, pitch - 5], quarterLength=4) if with_chord and i == 0
-                         else note.Note(pitch - 9, quarterLength=4))
-            part.append(stream.Measure([upper, lower] if i < doubled else upper.notes, number=i + 1))
-        return part
-
-    def n_tracks(*hands):
-        file = tmp_path / "piano.musicxml"
-        stream.Score([hand(*h) for h in hands]).write("musicxml", file)
-        score = read_score(file)
-        assert score.note_num() == sum(16 + doubled + with_chord for _, doubled, with_chord in hands)
-        return len(score.tracks)
-
-    assert n_tracks((72, 8, False), (50, 8, False)) == 4
-    assert n_tracks((72, 4, False), (50, 5, False)) == 4
-    assert n_tracks((72, 3, False), (50, 8, False)) == 2, "a second voice in three bars of eight"
-    assert n_tracks((72, 8, True), (50, 8, False)) == 2, "a chord in a voice"
-    assert n_tracks((72, 8, False)) == 1, "one staff"
-
-
-def broken_files(folder):
-    """name -> the start of the reason it must be left out for."""
-    good = score_of((0, melody(0)), (1, melody(1))).dumps_midi()
-    two = good.index(b"MTrk", good.index(b"MTrk") + 4)
-    noise = random.Random(0).randbytes(500)
-    xml = ("<score-partwise><part-list/></score-partwise>", "plain text", "<html></html>")
-    files = {
-        "empty.mid": (b"", "empty"), "half.mid": (good[:len(good) // 2], "broken"), "head.mid": (good[:14], "broken"),
-        "fewer.mid": (good[:two], "broken"), "noise.mid": (noise, "not MIDI"), "text.mid": (b"la " * 99, "not MIDI"),
-        "noise_inside.mid": (good[:30] + noise, "broken"), "no_ticks.mid": (good[:12] + b"\0\0" + good[14:], "broken"),
-        "huge.mid": (good + bytes(5_000_000), "too big"), "silent.mid": (Score(Q).dumps_midi(), "no notes"),
-        "far.mid": (score_of((0, [(0, 1, 60), (4_000_000, 1, 60)])).dumps_midi(), "too many bars"),
-        "notes.txt": (b"hello", "not MIDI or MusicXML"), "no_suffix": (good, "not MIDI or MusicXML"),
-        "bad.mxl": (noise, "broken"), "bomb.mxl": (None, "too big"),
-        **{f"bad{i}.xml": (text.encode(), "broken") for i, text in enumerate(xml)}}
-    for name, (data, _) in files.items():
-        if data is not None:
-            (folder / name).write_bytes(data)
-    with zipfile.ZipFile(folder / "bomb.mxl", "w", zipfile.ZIP_DEFLATED) as z:
-        z.writestr("score.xml", bytes(60_000_000))
-    return {name: why for name, (_, why) in files.items()}
-
-
-def test_read_score_names_the_file_and_the_reason(tmp_path):
-    for name, why in broken_files(tmp_path).items():
-        if name not in ("no_suffix", "notes.txt"):  # read as MIDI here, whatever the name
-            with pytest.raises(ValueError, match=f"{name}: {why}"):
-                read_score(tmp_path / name)
-    assert len(read_score(tmp_path / "no_suffix").tracks) == 2
-    with pytest.raises(ValueError, match="none.mid: .*No such file"):
-        read_score(tmp_path / "none.mid")
-
-
-def test_files_nobody_has_vouched_for_are_read_apart(tmp_path, monkeypatch):
-    files = broken_files(tmp_path)
-    for name in ("empty.mid", "noise.mid", "noise_inside.mid", "bomb.mxl", "bad0.xml"):
-        with pytest.raises(ValueError, match=f"{name}: {files[name]}"):
-            read_safely(tmp_path / name)
-        with pytest.raises(ValueError, match=f"the file: {files[name]}"):
-            read_safely((tmp_path / name).read_bytes())
-    good = tmp_path / "no_suffix"
-    for score in (read_safely(good), read_safely(str(good)), read_safely(good.read_bytes())):
-        assert (notes_of(score), metres_of(score)) == (notes_of(read_score(good)), metres_of(read_score(good)))
-    (tmp_path / "sitecustomize.py").write_text("from mtxlib.music import readers\nimport os\n"
-                                               "readers.parse_midi = lambda data: os._exit(9)\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="the file: crashed its process: 9"):
-        read_safely(good.read_bytes())
-
-
-# ---- sources
 
 
 def test_folder_with_broken_files_keeps_the_good_ones(tmp_path, capsys, monkeypatch):
@@ -425,6 +135,84 @@ def test_what_was_read_before_it_was_stopped_is_not_read_again(tmp_path, monkeyp
     with pytest.raises(RuntimeError, match="killed"):
         load_corpus("folder", tmp_path / "other", archive=str(tree), progress=False)
     assert read[0] == "0.mid"
+
+
+def test_links_to_folders_are_followed_and_loops_end(tmp_path, capsys):
+    elsewhere, tree = tmp_path / "elsewhere", tmp_path / "tree"
+    for i in range(13):
+        folder = elsewhere / "abc"[i % 3] / "deep" if i > 1 else tree
+        folder.mkdir(parents=True, exist_ok=True)
+        score_of((0, melody(i))).dump_midi(folder / f"{i}.mid")
+    for name in "ab":
+        (tree / name).symlink_to(elsewhere / name)
+    (tree / "b" / "deep" / "back").symlink_to(tree)
+    (tree / "a" / "self").symlink_to(tree / "a")
+    (tree / "c").mkdir()
+    for file in (elsewhere / "c" / "deep").iterdir():
+        (tree / "c" / file.name).symlink_to(file)
+    pieces = load_corpus("folder", tmp_path / "data", archive=str(tree), workers=2, progress=False)
+    assert len(pieces) == 13 and "13 pieces" in capsys.readouterr().out
+    (tree / "c" / "gone.mid").symlink_to(elsewhere / "nowhere.mid")
+    score_of((0, melody(99))).dump_midi(elsewhere / "a" / "new.mid")
+    assert len(load_corpus("folder", tmp_path / "data", archive=str(tree), progress=False)) == 14, "the source changed"
+    assert ", 1 skipped (1 broken)" in capsys.readouterr().out
+
+
+def test_music_that_is_off_the_grid_of_its_file_is_named(tmp_path, capsys):
+    tree, r = tmp_path / "tree", random.Random(0)
+    tree.mkdir()
+    played = [(60 * r.random(), 1, 60 + i % 12) for i in range(200)]
+    kinds = {"played": played, "shifted": [(t + 0.08, d, p) for t, d, p in melody(0)], "straight": melody(1),
+             "swing": [(i / 2 + (i % 2) / 6, 0.5, 60 + i % 7) for i in range(40)],
+             "fast": [(i / 8, 0.125, 60 + i % 7) for i in range(40)]}
+    for name, notes in kinds.items():
+        score_of((0, notes)).dump_midi(tree / f"{name}.mid")
+    pieces = load_corpus("folder", tmp_path / "data", archive=str(tree), workers=1, progress=False)
+    assert ("2 not on the grid of their quarters (under 60% of the onsets on their 32nds or triplets: "
+            "played.mid, shifted.mid)") in capsys.readouterr().out
+    assert {p.name: p.losses["notes"] for p in pieces} == {f"{name}.mid": len(notes) for name, notes in kinds.items()}
+
+
+def test_every_form_has_a_cache_of_its_own(tmp_path):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for i in range(3):
+        score_of((0, [(j / 3, 1 / 3, 60 + (i + j * j) % 12) for j in range(24)])).dump_midi(tree / f"{i}.mid")
+    form = {"grid": 12, "velocities": 8, "tempos": 0, "pedal": True}
+    fine = load_corpus("folder", tmp_path / "data", archive=str(tree), form=form, workers=1, progress=False)
+    plain = load_corpus("folder", tmp_path / "data", archive=str(tree), workers=1, progress=False)
+    default = load_corpus("folder", tmp_path / "data", archive=str(tree), form={"grid": 4, "velocities": 0})
+    assert plain == default and plain[0].path.parent.name + "-grid12-pedal1-velocities8" == fine[0].path.parent.name
+    assert [p.losses["moved"] for p in fine] == [0] * 3 and all(p.losses["moved"] for p in plain)
+    assert {n.time % 160 for p in fine for n in Score(p.path).tracks[0].notes} == {0}
+
+
+def test_two_processes_that_build_one_cache_lose_nothing_when_both_are_killed(tmp_path):
+    tree, data = tmp_path / "tree", tmp_path / "data"
+    tree.mkdir()
+    for i in range(400):
+        score_of((0, melody(i))).dump_midi(tree / f"{i:03}.mid")
+    code = (f"from mtxlib.music.corpus import load_corpus\n"
+            f"load_corpus('folder', {str(data)!r}, archive={str(tree)!r}, workers=1, progress=False)")
+
+    def start():
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+    processes, n_lines = [start(), start()], 0
+    while n_lines < 100:
+        time.sleep(0.01)
+        assert all(p.poll() is None for p in processes), "they had time to end: nothing is shown"
+        n_lines = sum(part.read_text().count("\n") for part in data.glob("*/*.part"))
+    for p in processes:
+        p.send_signal(signal.SIGKILL)
+    said = [p.communicate()[0] for p in processes]
+    assert sum("waiting for another process that reads folder" in text for text in said) == 1
+    processes = [start(), start()]
+    assert ["400 pieces" in p.communicate()[0] for p in processes] == [True, True]
+    pieces = load_corpus("folder", data, archive=str(tree), progress=False)
+    assert [p.name for p in pieces] == [f"{i:03}.mid" for i in range(400)]
+    for p in pieces[::20]:
+        assert notes_of(Score(p.path)) == notes_of(read_score(tree / p.name))
 
 
 @pytest.fixture
@@ -556,7 +344,7 @@ def test_bach_whole():
 def test_the_real_js_fakes_have_the_expected_checksum_and_jsb_its_sizes(capsys):
     tasks = corpus.jsfakes_tasks(str(SHARED / "jsfakes.zip"))
     assert capsys.readouterr().out == "" and len(tasks) == 500
-    scores = [normalise(readers.READERS[kind](given)) for _, kind, given, _ in tasks[:50]]
+    scores = [normalise(readers.READERS[kind](given)[0]) for _, kind, given, _ in tasks[:50]]
     assert {metre for s in scores for metre in metres_of(s)} == {(0, 4, 4)}
     jsb = corpus.jsb_tasks(str(SHARED / "Jsb16thSeparated.json"))
     assert Counter(split for *_, split in jsb) == {"train": 229, "valid": 76, "test": 77}

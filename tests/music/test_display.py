@@ -1,14 +1,10 @@
-"""mtxlib.show against what the tests build by hand, and against music21 as an independent reader."""
+"""mtxlib.music.display against what the tests build by hand."""
 
 import base64
 import io
 import re
 import subprocess
 import sys
-import zipfile
-from collections import Counter
-from pathlib import Path
-from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -16,68 +12,12 @@ import pytest
 import soundfile
 from IPython.display import SVG
 from matplotlib.colors import to_rgb
-from symusic import Note, Score, Tempo, TimeSignature, Track
+from small_scores import ALTO, BASS, PROGRAMS, SOPRANO, TENOR, chorale, classes, read_back, score_of
+from symusic import Score, Tempo
 
 from mtxlib.music import display, notation
 
 matplotlib.use("agg")
-
-# (start, length, pitch) in 16ths: 3/4, four bars in G major; ties over bar lines, a syncopation, 16ths, rests.
-SOPRANO = [(0, 4, 67), (4, 4, 69), (8, 4, 71), (12, 12, 72), (24, 4, 74), (28, 12, 73), (40, 6, 74), (46, 2, 71)]
-ALTO = [(0, 8, 62), (8, 8, 66), (16, 2, 67), (18, 4, 66), (22, 2, 67), (24, 12, 66), (36, 4, 67), (40, 8, 62)]
-TENOR = [(4, 8, 59), (12, 1, 60), (13, 1, 62), (14, 2, 60), (16, 5, 59), (21, 3, 57), (24, 12, 57), (36, 12, 50)]
-BASS = [(0, 12, 43), (12, 4, 48), (24, 24, 50)]
-PROGRAMS = {"Soprano": 52, "Alto": 53, "Tenor": 54, "Bass": 42}
-
-
-def score_of(tracks, metres=((0, 3, 4),), tpq=480, bpm=120):
-    """tracks: (name, program, notes in 16ths) or (name, "drums", notes)."""
-    score = Score(tpq)
-    score.tempos.append(Tempo(0, bpm))
-    for start, beats, unit in metres:
-        score.time_signatures.append(TimeSignature(start * tpq // 4, beats, unit))
-    for name, program, notes in tracks:
-        track = Track(name, 0 if program == "drums" else program, program == "drums")
-        for start, length, pitch in notes:
-            track.notes.append(Note(start * tpq // 4, length * tpq // 4, pitch, 80))
-        score.tracks.append(track)
-    return score
-
-
-def chorale(**kwargs):
-    voices = zip(PROGRAMS.items(), (SOPRANO, ALTO, TENOR, BASS), strict=True)
-    return score_of([(name, program, notes) for (name, program), notes in voices], **kwargs)
-
-
-@pytest.fixture(scope="module")
-def printed():
-    """MusicXML and SVG of the chorale."""
-    return notation.musicxml(chorale()), notation.notation(chorale())
-
-
-def read_back(xml):
-    """{(part, voice): sorted [(start, length, pitch)] in 16ths} as music21 reads it, tied notes joined."""
-    from music21 import converter
-
-    found = {}
-    for p, part in enumerate(converter.parse(xml, format="musicxml").parts):
-        for measure in part.getElementsByClass("Measure"):
-            for voice in list(measure.voices) or [measure]:
-                name = int(voice.id) if voice is not measure else 1
-                notes, shift = found.setdefault((p, name), []), 0 if voice is measure else voice.offset
-                for n in voice.notes:
-                    at = round(float(measure.offset + shift + n.offset) * 4)
-                    for pitch in n.pitches:
-                        if n.tie is not None and n.tie.type != "start":
-                            before = next(x for x in notes if x[2] == pitch.midi and x[0] + x[1] == at)
-                            before[1] += round(float(n.quarterLength) * 4)
-                        else:
-                            notes.append([at, round(float(n.quarterLength) * 4), pitch.midi])
-    return {k: sorted(map(tuple, v)) for k, v in found.items()}
-
-
-def classes(svg):
-    return Counter(e.get("class") for e in ElementTree.fromstring(svg).iter())
 
 
 def rectangles(ax, colour):
@@ -147,148 +87,136 @@ def test_grid_shares_the_pitch_axis():
         display.piano_rolls([low, high], ["only one title"])
 
 
-# ---- notation
-
-@pytest.mark.parametrize("metre", [(4, 4), (3, 4), (6, 8), (9, 8), (5, 8), (7, 8), (2, 2), (3, 16)])
-def test_split_gives_written_values_that_add_up(metre):
-    from music21 import duration
-
-    bar = 16 * metre[0] // metre[1]
-    for at in range(bar):
-        for length in range(1, bar - at + 1):
-            parts = list(notation._split(at, length, metre))
-            assert sum(parts) == length
-            assert all(duration.Duration(p / 4).type != "complex" for p in parts)
-
-
-def test_split_respects_the_beat():
-    assert list(notation._split(0, 16, (4, 4))) == [16]
-    assert list(notation._split(3, 6, (4, 4))) == [1, 4, 1]
-    assert list(notation._split(2, 4, (4, 4))) == [4]
-    assert list(notation._split(0, 5, (4, 4))) == [4, 1]
-    assert list(notation._split(0, 8, (6, 8))) == [6, 2]
-    assert list(notation._split(4, 8, (6, 8))) == [2, 6]
+def test_drums_are_crosses_below_the_pitches():
+    hits = [(0, 1, 36), (4, 1, 38), (8, 1, 36), (12, 1, 42)]
+    ax = display.piano_roll(score_of([("Kit", "drums", hits), ("Bass", 32, [(0, 16, 30)])], [(0, 4, 4)]))
+    (crosses,) = ax.lines
+    x, y = crosses.get_data()
+    assert crosses.get_marker() == "x" and x.tolist() == [0, 1, 2, 3] and len(set(y)) == 3 and y[0] == y[2]
+    assert y[0] < y[1] < y[3] < display.BAND, "a row for each drum, the bass drum at the bottom"
+    (bar,) = ax.patches
+    low, high = ax.get_ylim()
+    assert (bar.get_y() - low) / (high - low) > display.BAND, "the band is free of pitches"
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["Kit", "Bass"]
 
 
-def test_music21_reads_the_same_notes(printed):
-    assert read_back(printed[0]) == {(0, 1): SOPRANO, (0, 2): ALTO, (1, 1): TENOR, (1, 2): BASS}
+def test_a_track_keeps_name_and_colour_where_others_rest_or_names_are_lost():
+    full = score_of([("Piano", 0, [(0, 4, 60)]), ("Flute", 73, [(0, 4, 72)]), ("Bass", 32, [(0, 4, 36)])])
+    decoded = score_of([("", 32, [(0, 4, 36)]), ("", 0, [(0, 4, 60)])])
+    fig = display.piano_rolls([full, decoded], ["file", "decoded"])
+    display.redraw(fig, 1, decoded, "again")
+    for colour, pitches in zip(display.voice_colours(3), ([60], [72], [36]), strict=True):
+        assert [y for *_, y in rectangles(fig.axes[0], colour)] == pitches
+        assert [y for *_, y in rectangles(fig.axes[1], colour)] == [p for p in pitches if p != 72]
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["Piano", "Flute", "Bass"]
 
 
-def test_svg_has_a_head_for_every_note_and_every_tied_part(printed):
-    # Cut at bar lines: soprano's note at 28, bass's at 24; at beats: alto's at 8 (a bar line too) and tenor's at 16.
-    cuts = 1 + 1 + 1 + 1
-    counted = classes(printed[1])
-    assert counted["notehead"] == len(SOPRANO + ALTO + TENOR + BASS) + cuts
-    assert counted["tie"] == cuts
-    assert counted["clef"] == 2 and counted["measure"] == 4
-
-
-def test_four_voices_stand_on_two_staves(printed):
-    parts = ElementTree.fromstring(printed[0]).findall("part")
-    assert [p.find("measure/attributes/clef/sign").text for p in parts] == ["G", "F"]
-    for part in parts:
-        assert part.find("measure/attributes/time/beats").text == "3"
-        assert part.find("measure/attributes/key/fifths").text == "1"
-        stems = {(n.find("voice").text, n.find("stem").text) for n in part.iter("note") if n.find("stem") is not None}
-        assert stems == {("1", "up"), ("2", "down")}
-    rests = [(n.find("voice").text, n.find("duration").text) for n in parts[1].iter("note")
-             if n.find("rest") is not None]
-    assert len(rests) == 2  # the tenor's first beat, the bass's last two of bar 2
-    assert "Music21" not in printed[0] and "Music21" not in printed[1]
-
-
-def test_a_common_rest_is_printed_once():
-    tracks = [(name, program, [(4, 4, 60 - i)]) for i, (name, program) in enumerate(PROGRAMS.items())]
-    assert classes(notation.notation(score_of(tracks, [(0, 2, 4)])))["rest"] == 2  # one a staff
-
-
-def test_accidentals_hold_for_the_bar_and_not_beyond():
-    notes = [(0, 4, 60), (4, 4, 64), (8, 4, 67), (12, 4, 60),  # C E G C
-             (16, 4, 61), (20, 4, 61), (24, 4, 60), (28, 4, 73),  # C# C# C C#' : sharp, none, natural, sharp
-             (32, 4, 60), (36, 4, 65), (40, 4, 67), (44, 12, 66)]  # C F G F# tied on: one sharp
-    xml = notation.musicxml(score_of([("x", 0, notes)], [(0, 4, 4)]))
-    assert ElementTree.fromstring(xml).find(".//fifths").text == "0"
-    assert [a.text for a in ElementTree.fromstring(xml).iter("accidental")] == ["sharp", "natural", "sharp", "sharp"]
-
-
-def test_spelling_agrees_with_the_printed_chorale():
-    from music21 import corpus
-
-    piece, tracks = corpus.parse("bwv66.6"), []  # F sharp minor, with its raised degrees
-    for i, part in enumerate(piece.parts):
-        notes = [(round(n.offset * 4), round(n.quarterLength * 4), n.pitch.midi) for n in part.flatten().notes]
-        tracks.append((f"v{i}", i, notes))
-    root = ElementTree.fromstring(notation.musicxml(score_of(tracks, [(0, 4, 4)])))
-    spelt = Counter((n.find("pitch/step").text, int(n.findtext("pitch/alter", "0"))) for n in root.iter("note")
-                    if n.find("pitch") is not None and not any(t.get("type") == "stop" for t in n.findall("tie")))
-    assert root.find(".//fifths").text == "3"
-    assert spelt == Counter((p.step, int(p.alter)) for p in piece.flatten().pitches)
-
-
-def test_any_midi_has_one_staff_a_track():
-    piano = [(0, 12, 36), (0, 6, 60), (0, 6, 64), (6, 6, 62), (12, 5, 60), (14, 10, 67)]  # chords and overlaps
-    drums = [(0, 2, 36), (0, 2, 42), (4, 2, 38), (12, 2, 36)]
-    score = score_of([("Piano", 0, piano), ("Kit", "drums", drums), ("Silent", 5, [])], [(0, 6, 8), (12, 5, 4)])
-    xml, svg = notation.musicxml(score), notation.notation(score)
-    root = ElementTree.fromstring(xml)
-    assert [e.text for e in root.iter("part-name")] == ["Piano", "Kit"]
-    assert [e.text for e in root.iter("sign")] == ["F", "percussion"]
-    assert [e.text for e in root.iter("beats")] == ["6", "5"] * 2
-    found = read_back(xml)
-    assert sorted(n for (part, _), line in found.items() if part == 0 for n in line) == sorted(piano)
-    assert len(list(root.iter("unpitched"))) == len(drums)
-    assert classes(svg)["notehead"] == len(list(root.iter("pitch"))) + len(drums)
-
-
-def test_extreme_pitches_keep_their_octave():
-    notes = [(0, 4, 0), (4, 4, 11), (8, 4, 127)]
-    root = ElementTree.fromstring(notation.musicxml(score_of([("x", 0, notes)])))
-    steps = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
-    midi = [12 * (int(p.find("octave").text) + 1) + steps[p.find("step").text] + int(p.findtext("alter", "0"))
-            for p in root.iter("pitch")]
-    assert midi == [0, 11, 127]
-
-
-def test_show_notation_is_an_svg(printed):
-    assert isinstance(display.show_notation(chorale()), SVG)
-    assert notation.notation(chorale()) == printed[1]  # nothing random in it
+def test_twenty_tracks_fit_beside_the_roll():
+    score = score_of([(f"A name that is long, and has the number {i}", i, [(i, 2, 40 + i)]) for i in range(20)])
+    fig = display.piano_rolls([score], [""])
+    fig.set_size_inches(9.6, 2.4)
+    fig.draw_without_rendering()
+    box = fig.legends[0].get_window_extent()
+    assert box.y0 >= 0 and box.y1 <= fig.bbox.height and box.x1 <= fig.bbox.width
+    assert fig.axes[0].get_position().width > 0.3
+    assert len({p.get_facecolor() for p in fig.axes[0].patches}) == 20
+    assert all(len(t.get_text()) <= notation.NAME for t in fig.legends[0].get_texts())
 
 
 # ---- sound
 
 def test_sound_is_there_and_ends_with_the_music():
     samples, rate = display.waveform(chorale(bpm=60))
-    assert samples.dtype == np.float32 and samples.ndim == 1 and rate == 22050
-    assert abs(len(samples) / rate - (12 + display.ROOM)) < 0.05  # four bars of 3/4, a second a beat
-    assert 0.89 < np.abs(samples).max() <= 0.91
+    assert samples.dtype == np.float32 and samples.ndim == 1 and rate == display.RATE
+    assert abs(len(samples) / rate - (12 + display.TAIL)) < 0.05  # four bars of 3/4, a second a beat
+    assert np.abs(samples).max() <= 0.901
     loudness = np.sqrt((samples[:12 * rate].reshape(24, -1) ** 2).mean(axis=1))  # each half second
     assert loudness.min() > 0.02
-    assert np.abs(samples[-rate // 20:]).max() < 1e-3
+    assert np.abs(samples[13 * rate - rate // 20:]).max() < 0.02
+    assert np.abs(samples[int(12.1 * rate):int(12.3 * rate)]).max() > 0.001, "the last notes ring"
+
+
+@pytest.mark.parametrize("tracks", [[("x", 0, [(0, 8, 60)])], [("x", 48, [(0, 8, p) for p in range(40, 80, 5)])],
+                                    [("x", "drums", [(i, 1, 36 + 2 * (i % 3)) for i in range(16)])]])
+def test_all_scores_are_equally_loud(tracks):
+    samples, _ = display.waveform(score_of(tracks))
+    sounding = samples[np.abs(samples) > np.abs(samples).max() / 100]
+    level, peak = np.sqrt((sounding ** 2).mean()), np.abs(samples).max()
+    assert level == pytest.approx(display.LOUDNESS, rel=0.02) or level < display.LOUDNESS and 0.89 < peak < 0.91
+
+
+def test_the_tempo_and_its_changes_set_the_length():
+    score = score_of([("x", 0, [(4 * i, 4, 60) for i in range(8)])], bpm=60)
+    score.tempos.append(Tempo(4 * score.tpq, 240))
+    score.tempos.append(Tempo(400 * score.tpq, 30))  # long after the music
+    samples, rate = display.waveform(score)
+    assert len(samples) / rate == pytest.approx(4 + 1 + display.TAIL, abs=0.05)
+    score.tempos = []
+    assert len(display.waveform(score)[0]) / rate == pytest.approx(4 + display.TAIL, abs=0.05)  # the standard's 120
 
 
 def test_a_note_begins_in_time():
-    samples, rate = display.waveform(score_of([("x", 52, [(8, 8, 69)])]))  # one second of rest
+    samples, rate = display.waveform(score_of([("x", 0, [(8, 8, 69)])]))  # one second of rest
     assert np.abs(samples[:int(0.99 * rate)]).max() < 0.02
-    assert np.abs(samples[rate:int(1.05 * rate)]).max() > 0.3
+    assert np.abs(samples[rate:int(1.05 * rate)]).max() > 0.1
 
 
-@pytest.mark.parametrize("program", [0, 42, 52])  # as the soundfont's own programs these are semitones off
-def test_notes_are_in_tune(program):
-    pitches = list(range(36, 85, 4))
-    samples, rate = display.waveform(score_of([("x", program, [(8 * i, 8, p) for i, p in enumerate(pitches)])]))
-    for i, pitch in enumerate(pitches):
-        held = samples[i * rate + rate // 4:(i + 1) * rate]
-        power = np.abs(np.fft.rfft(held * np.hanning(len(held)), 8 * rate)) ** 2  # bins of 1/8 Hz
-        expected = 8 * 440 * 2 ** ((pitch - 69) / 12)
-        strongest = power.argmax() / expected
-        assert round(strongest) in (1, 2, 3)  # one of the first harmonics, within 12 cents
-        assert abs(1200 * np.log2(strongest / round(strongest))) < 12
-        assert power[int(expected * 0.99):int(expected * 1.01)].max() > 0.1 * power.max()  # no octave too high
+def test_velocities_matter():
+    score = score_of([("x", 0, [(0, 8, 60), (16, 8, 60)])])
+    soft, loud = score.tracks[0].notes
+    soft.velocity, loud.velocity = 40, 100
+    samples, rate = display.waveform(score)
+    assert np.abs(samples[2 * rate:3 * rate]).max() > 3 * np.abs(samples[:rate]).max()
+
+
+def cents(samples, rate, pitch):
+    """How far the harmonics of a note lie from where they should, by the best of all shifts within 3 semitones; and
+    what share of the power lies within half a semitone of one of them."""
+    power = np.abs(np.fft.rfft(samples * np.hanning(len(samples)), 8 * rate)) ** 2  # bins of 1/8 Hz
+    expected, shifts = 8 * 440 * 2 ** ((pitch - 69) / 12), np.arange(-300, 301)
+    sums = sum(np.sqrt(power[np.round(h * expected * 2 ** (shifts / 1200)).astype(int)]) for h in (1, 2, 3, 4))
+    place = np.arange(1, len(power)) / expected
+    harmonic = np.abs(1200 * np.log2(place / np.maximum(1, np.round(place)))) < 50
+    return shifts[sums.argmax()], power[1:][harmonic].sum() / power[1:].sum()
+
+
+# Left out: bells and drums whose partials are no harmonics (glockenspiel 9, tubular bells 14, timpani 47), orchestra
+# hit (55), breath rather than tone (76 to 78), goblins (101, a glide), percussion and effects (112 to 127), and what
+# the soundfont has 30 to 70 cents off above C5: accordions and harmonica (21 to 23).
+PITCHED = sorted(set(range(112)) - {9, 14, 21, 22, 23, 47, 55, 76, 77, 78, 101})
+WAVERING = {52, 60, 67, 94, 103}  # choir, horn, baritone saxophone, two pads: one or two notes of seven 18 to 22 off
+
+
+@pytest.mark.parametrize("programs", [PITCHED[i::6] for i in range(6)], ids=lambda programs: f"from {programs[0]}")
+def test_programs_are_in_tune(programs):
+    pitches = (40, 47, 54, 61, 68, 75, 82)
+    for program in programs:
+        samples, rate = display.waveform(score_of([("x", program, [(8 * i, 8, p) for i, p in enumerate(pitches)])]))
+        held = [samples[int((i + 0.1) * rate):int((i + 0.9) * rate)] for i in range(len(pitches))]
+        found = [cents(part, rate, pitch) for part, pitch in zip(held, pitches, strict=True)]
+        shifts, harmonic = np.transpose(found)
+        assert np.abs(shifts).max() <= (25 if program in WAVERING else 15), f"program {program}: {shifts}"
+        assert np.median(harmonic) > 0.3, f"program {program}: {harmonic}"
+
+
+def test_each_of_twenty_tracks_sounds_as_its_own_program():
+    def alone(program, at):
+        return score_of([("x", program, [(at, 8, 60)])])
+
+    programs = range(0, 80, 4)  # more than there are channels
+    together = score_of([("x", p, [(16 * i, 8, 60)]) for i, p in enumerate(programs)])
+    samples, rate = display.waveform(together)
+    for i, program in enumerate(programs):
+        wanted, found = display.waveform(alone(program, 0))[0][:rate], samples[2 * i * rate:(2 * i + 1) * rate]
+        assert np.corrcoef(np.abs(np.fft.rfft(wanted)), np.abs(np.fft.rfft(found)))[0, 1] > 0.9, program
 
 
 def test_drums_sound():
-    samples, _ = display.waveform(score_of([("x", "drums", [(0, 8, 36), (8, 8, 38)])]))
-    assert np.isfinite(samples).all() and np.abs(samples).max() > 0.5
+    samples, rate = display.waveform(score_of([("x", "drums", [(0, 8, 36), (8, 8, 38), (16, 8, 42)])]))
+    kick, snare, hat = (np.abs(np.fft.rfft(samples[i * rate:(i + 1) * rate])) ** 2 for i in range(3))
+    centres = [(np.arange(len(p)) * p).sum() / p.sum() for p in (kick, snare, hat)]  # Hz
+    assert np.isfinite(samples).all() and np.abs(samples).max() > 0.3
+    assert centres[0] < 500 < centres[1] < centres[2] and centres[2] > 4000
 
 
 def test_ogg_decodes_to_the_same_length(tmp_path):
@@ -311,6 +239,11 @@ def test_five_minutes_of_sound_fit_into_an_ogg():
 
 # ---- all of them
 
+def test_show_notation_is_an_svg():
+    assert isinstance(display.show_notation(chorale()), SVG)
+    assert notation.notation(chorale()) == notation.notation(chorale())  # nothing random in it
+
+
 def test_an_empty_score_gives_a_clear_result():
     for empty in (Score(480), score_of([("Soprano", 52, []), ("Alto", 53, [])])):
         assert [t.get_text() for t in display.piano_roll(empty).texts] == ["no notes"]
@@ -328,24 +261,11 @@ def test_nothing_changes_the_score():
 
 
 def test_slow_and_foreign_packages_stay_out():
-    code = ("import sys; from symusic import *; from mtxlib.music import display; s = Score(480); s.tracks.append(Track());"
-            "s.tracks[0].notes.append(Note(0, 480, 60, 80)); display.waveform(s);"
+    code = ("import sys; from symusic import *; from mtxlib.music import display; s = Score(480);"
+            "s.tracks.append(Track()); s.tracks[0].notes.append(Note(0, 480, 60, 80)); display.waveform(s);"
             "print([m for m in ('torch', 'music21', 'verovio', 'soundfile', 'pretty_midi') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_js_fakes_come_back_from_print():
-    archive = Path(__file__).parents[3] / "shared/data/jsfakes.zip"
-    if not archive.exists():
-        pytest.skip(f"no {archive}")
-    for name in ("js-fakes/midi/0.mid", "js-fakes/midi/123.mid"):
-        score = Score.from_midi(zipfile.ZipFile(archive).read(name))
-        for track, program in zip(score.tracks, PROGRAMS.values(), strict=True):
-            track.program = program
-        wanted = [sorted((n.time * 4 // score.tpq, n.duration * 4 // score.tpq, n.pitch) for n in t.notes)
-                  for t in score.tracks]
-        assert list(read_back(notation.musicxml(score)).values()) == wanted
 
 
 # ---- a page, and pictures for widgets
@@ -364,7 +284,7 @@ def test_a_page_holds_all_it_shows(tmp_path):
     data = [base64.b64decode(uri.partition(",")[2]) for uri in found]
     for original, ogg, mid in ((score, *data[:2]), (long, *data[4:6])):
         sound, rate = soundfile.read(io.BytesIO(ogg))
-        assert len(sound) / rate == pytest.approx(original.to("second").end() + display.ROOM, abs=0.05)
+        assert len(sound) / rate == pytest.approx(original.to("second").end() + display.TAIL, abs=0.05)
         assert Score.from_midi(mid).note_num() == original.note_num()
     assert data[2].startswith(b"\x89PNG")
     assert classes(data[3].decode())["measure"] == 4 and classes(data[7].decode())["measure"] == display.NOTATED
