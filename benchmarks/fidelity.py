@@ -1,4 +1,4 @@
-"""What of a folder of MIDI comes back from its tokens: `python benchmarks/fidelity.py FOLDER --grid 12 --velocities 32`.
+"""What of a folder of MIDI comes back from its tokens: `python benchmarks/fidelity.py FOLDER --grid 12`.
 
 Each file is read twice: by mtxlib, into the normal form, the ids of windows that lie end to end, and back; and by this
 script, note for note as the file has them. The two are then compared. A folder of POP909 songs (it holds beat_midi.txt)
@@ -56,7 +56,7 @@ def decoded(score: Score, form: dict, n_bars: int = 4) -> Score:
 
 def matched(a: pd.DataFrame, b: pd.DataFrame) -> np.ndarray:
     """Row numbers (M, 2) of notes of a and b that are one: of one pitch, in order, within NEAR once the bars of rest
-    that the normal form leaves out or adds are taken off. Where these change within the piece, the way shifts with them."""
+    in front, which the normal form leaves out or adds, are taken off."""
     pairs, shift = [], first_shift(a, b)
     waiting = {key: list(group.index) for key, group in b.groupby(["drum", "pitch"])}
     onset_a, onset_b, keys = a["onset"].to_numpy(), b["onset"].to_numpy(), list(zip(a["drum"], a["pitch"], strict=True))

@@ -9,6 +9,7 @@ from __future__ import annotations  # symusic.Score is no class: `Path | Score` 
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,41 +23,42 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mtxlib import ROOT
-from mtxlib.config import BOS, SPLITS, Config, archive_paths
+from mtxlib.config import SPLITS, Config, archive_paths
 from mtxlib.data.store import Windows
 from mtxlib.data.tokens import Codec, load_tokenizer, tokenize
 from mtxlib.files import atomic, atomic_text
 from mtxlib.latent.attributes import Directions, change_mode, find, load_directions, save_directions
-from mtxlib.latent.compose import lay, lines_of
+from mtxlib.latent.compose import compose, lines_of, sampled
 from mtxlib.latent.decode import decode, prior_latents
 from mtxlib.latent.diagnose import diagnose
 from mtxlib.latent.interpolate import mix, slerp
 from mtxlib.model.prior import RowPrior, fit, load_prior, save_prior
 from mtxlib.model.vae import MusicVAE
 from mtxlib.music.corpus import Piece, load_corpus
-from mtxlib.music.metrics import ATTRIBUTES, closes, stopping
+from mtxlib.music.metrics import ATTRIBUTES
 from mtxlib.music.readers import read_safely
-from mtxlib.music.score import KEY_NAMES, bar_starts, chain, cut, join, key_of, normalise, window_bars
+from mtxlib.music.score import TEMPO, bar_starts, chain, cut, end_of, join, normalise, window_bars
 
 Music = "str | Path | Piece | Score"
 BATCH = 128  # windows encoded or decoded at once
-ENDINGS = 8  # last bars that are tried for a cadence
 MAY_BE_KEPT = ("jsfakes", "folder")  # sources whose pieces may lie in a run's folder, which may be given on
-OVERLAP = 1  # bars of the window before that a window of a long piece begins with
 
 
 def load_run(folder: str | Path, device: str = "") -> Run:
     """Load config.json, tokenizer.json and model.safetensors of a run folder.
 
-    Raises FileNotFoundError when one is missing, ValueError when the weights are not a run's.
+    Raises FileNotFoundError when one is missing, ValueError when the weights are not a run's or a device is not there.
     """
     folder = Path(folder)
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} is not a finished run: expected {name} in it; train it first "
                                     "(`mtx run`, or notebooks/04_training)")
-    config = Config.load(folder / "config.json")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda") or device != "cpu" and not torch.cuda.is_available():
+        there = "cpu or cuda" if torch.cuda.is_available() else "cpu, for torch sees no GPU"
+        raise ValueError(f"device: expected {there}, got {device!r}")
+    config = Config.load(folder / "config.json")
     model, metadata = load_weights(folder / "model.safetensors", config)
     codec = Codec(load_tokenizer(folder / "tokenizer.json"), config.data.n_bars)
     if codec.vocab_size != model.vocab_size:
@@ -96,6 +98,19 @@ def load_weights(path: Path, config: Config) -> tuple[MusicVAE, dict[str, str]]:
     return model, metadata
 
 
+def whole(name: str, value: int, least: int = 1) -> None:
+    if not isinstance(value, (int, np.integer)) or value < least:
+        kind = "" if isinstance(value, (int, np.integer)) else "a whole number, "
+        raise ValueError(f"{name}: expected {kind}at least {least}, got {value!r}")
+
+
+def checked(temperature: float, top_p: float) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature!r}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a share above 0, at most 1, got {top_p!r}")
+
+
 def name_of(music: Music) -> str:
     return "the score" if isinstance(music, Score) else music.name if isinstance(music, Piece) else str(music)
 
@@ -117,11 +132,13 @@ class Run:
     # -- music in -----------------------------------------------------------------------------------------------------
 
     def score(self, music: Music) -> Score:
-        """Music in normal form. Raises ValueError when a voice is one the tokenizer does not know."""
+        """Music in normal form; a window (of `cut`, or decoded) stays as it is. Raises ValueError when a voice is one the
+        tokenizer does not know."""
         if isinstance(music, Piece):
             score = Score(music.path)
         else:
-            score = normalise(music) if isinstance(music, Score) else read_safely(music)
+            score = music if isinstance(music, Score) else read_safely(music)
+            score = normalise(score) if end_of(score) is None else score
         known = set(self.codec.tokenizer.config.programs)
         alien = sorted({-1 if t.is_drum else t.program for t in score.tracks if len(t.notes)} - known)
         if alien:
@@ -134,7 +151,7 @@ class Run:
         """The normalised score, the first bar of each window, and the windows: end to end, the last one ending with the
         piece, over bars of the one before where it has to. ValueError where one has more notes than `max_tokens`."""
         score = self.score(music)
-        starts = bar_starts(score)
+        starts = bar_starts(score, end_of(score))
         bars = window_bars(len(starts) - 1, self.n_bars, self.n_bars)
         windows, limit = [cut(score, starts, bar, self.n_bars) for bar in bars], self.config.model.max_tokens
         for bar, window in zip(bars, windows, strict=True):
@@ -143,8 +160,9 @@ class Run:
                                  f"{window.note_num():,} from bar {bar + 1} on")
         return score, bars, windows
 
-    def encode(self, music: list[Music]) -> Tensor:
-        """Posterior means (N, S, C) of the windows of all pieces, one after the other, `n_bars` bars each."""
+    def encode(self, music: Music | list[Music]) -> Tensor:
+        """Posterior means (N, S, C) of the windows of a piece, or of several, one after the other."""
+        music = [music] if isinstance(music, (str, Path, Piece, Score)) else music
         if not music:
             raise ValueError("music: expected at least one path or score, got an empty list")
         return self.encode_windows([w for piece in music for w in self.windows(piece)[2]])
@@ -167,11 +185,14 @@ class Run:
 
     # -- music out ----------------------------------------------------------------------------------------------------
 
-    def decode(self, z: Tensor, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+    def decode(self, z: Tensor | np.ndarray, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
                begin: list[list[int]] | None = None) -> list[Score]:
         """Latents (N, S, C) -> N scores of `n_bars` bars, four voices kept apart; temperature 0 is greedy. `begin`: the
-        ids each goes on from."""
-        z = z.to(self.device)
+        ids each goes on from. Raises ValueError for another shape, or a temperature or top_p that cannot be."""
+        checked(temperature, top_p)
+        z = torch.as_tensor(z, dtype=torch.float32, device=self.device)
+        if z.ndim != 3 or z.shape[2] != self.config.model.latent_channels:
+            raise ValueError(f"z: expected (N, S, {self.config.model.latent_channels}), got {tuple(z.shape)}")
         is_live = self.model.bottleneck.live_rows(z) if self.model.bottleneck else None
         parts = [slice(i, i + BATCH) for i in range(0, len(z), BATCH)]
         return [self.codec.decode(ids) for part in parts for ids in
@@ -180,11 +201,15 @@ class Run:
                        grammar=self.codec.grammar, begin=begin and begin[part])]
 
     def reconstruct(self, music: Music, temperature: float = 0.0) -> Score:
-        """A whole piece through the latent, window by window, with the original's metre and tempo."""
+        """A whole piece through the latent, window by window, with the original's metre and tempo; a window without
+        notes stays so."""
         score, bars, windows = self.windows(music)
-        out = join(self.decode(self.encode_windows(windows), temperature), bars, self.n_bars, bar_starts(score))
+        there, end = [w for w in windows if w.note_num()], end_of(score)
+        decoded = iter(self.decode(self.encode_windows(there), temperature) if there else [])
+        out = join([next(decoded) if w.note_num() else w for w in windows], bars, self.n_bars, bar_starts(score, end))
         out.time_signatures.extend(score.time_signatures)
         out.tempos.extend(score.tempos)
+        out.markers.extend([m for m in score.markers if m.time == end])
         return out
 
     def interpolate(self, a, b, steps: int = 7, temperature: float = 0.0) -> list[Score]:
@@ -192,26 +217,38 @@ class Run:
         latents (S, C)); the ends are their reconstructions."""
         if steps < 2:
             raise ValueError(f"steps: expected at least 2, the two ends, got {steps}")
-        za, zb = self.pair(a, b)
-        return self.decode(torch.stack([slerp(za, zb, i / (steps - 1)) for i in range(steps)]), temperature)
+        whole("steps", steps)
+        za, zb, tempo = self.pair(a, b)
+        alphas = [i / (steps - 1) for i in range(steps)]
+        scores = self.decode(torch.stack([slerp(za, zb, alpha) for alpha in alphas]), temperature)
+        return [tempo(score, alpha) for score, alpha in zip(scores, alphas, strict=True)]
 
-    def morph(self, a, b, alpha: float | list[float], temperature: float = 0.0, seed: int = 0) -> Score:
-        """One window between a and b (as in `interpolate`): alpha 0 is a, 1 is b; a list gives each bar its own, so
+    def morph(self, a, b, alpha: float | Sequence[float], temperature: float = 0.0, seed: int = 0) -> Score:
+        """One window between a and b (as in `interpolate`): alpha 0 is a, 1 is b; several give each bar its own, so
         [0, 0.3, 0.7, 1] begins as a and ends as b, and [0, 1, 0, 0] puts b's second bar into a."""
-        za, zb = self.pair(a, b)
-        return self.decode(mix(za, zb, alpha, self.n_bars)[None], temperature, seed=seed)[0]
+        za, zb, tempo = self.pair(a, b)
+        score = self.decode(mix(za, zb, alpha, self.n_bars)[None], temperature, seed=seed)[0]
+        return tempo(score, float(np.mean(np.asarray(alpha))))
 
-    def pair(self, a, b) -> tuple[Tensor, Tensor]:
-        """Latents (S, C) of the first windows of a and b: paths, scores or latents. Raises ValueError if they differ
-        in shape."""
-        za, zb = (x if isinstance(x, Tensor) else self.encode_windows(self.windows(x)[2][:1])[0] for x in (a, b))
+    def pair(self, a, b) -> tuple[Tensor, Tensor, Callable[[Score, float], Score]]:
+        """Latents (S, C) of the first windows of a and b: paths, scores or latents; and what gives a score the tempo
+        between theirs, `TEMPO` for a latent. Raises ValueError if they differ in shape."""
+        ends = [(x, TEMPO) if isinstance(x, Tensor) else (self.encode_windows([window])[0], window.tempos[0].qpm)
+                for x in (a, b) for window in ([x] if isinstance(x, Tensor) else self.windows(x)[2][:1])]
+        (za, one), (zb, other) = ends
+
+        def tempo(score: Score, alpha: float) -> Score:
+            score.tempos[0].qpm = (1 - alpha) * one + alpha * other
+            return score
+
         if za.shape != zb.shape:
             raise ValueError(f"a and b need latents of one shape to be mixed, got {tuple(za.shape)} and "
                              f"{tuple(zb.shape)}: the {self.config.model.bottleneck} bottleneck follows the tokens")
-        return za, zb
+        return za, zb, tempo
 
     def sample(self, n: int, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0) -> list[Score]:
         """n windows from the prior, z ~ N(0, 1)."""
+        whole("n", n)
         return self.decode(prior_latents(self.model, n, self.mean_tokens, seed), temperature, top_p, seed)
 
     def generate(self, bars: int = 64, seed: int = 0, temperature: float = 1.0, **how) -> Score:
@@ -232,56 +269,18 @@ class Run:
         Without one, or not `learned`, windows drawn from N(0, 1), decoded at `temperature` and `top_p`, are laid end to
         end.
         """
-        if bars < 1:
-            raise ValueError(f"bars: expected at least 1, got {bars}")
-        if self.prior is None or not learned:
-            for name, value in (("prompt", prompt), ("key", key)):
-                if value is not None:
-                    raise ValueError(f"{name}: expected a run with a learned prior, N(0, 1) cannot follow one; call "
-                                     "run.fit_prior() first")
-            spans = [(0, min(self.n_bars, bars - bar)) for bar in range(0, bars, self.n_bars)]
-            windows = self.sample(n * len(spans), seed, temperature, top_p)
-            return [chain(windows[i::n], spans) for i in range(n)]
-        if key not in (None, *KEY_NAMES[:-1]):
-            raise ValueError(f"key: expected one of {', '.join(KEY_NAMES[:-1])}, got {key!r}")
-        opening = self.score(prompt) if prompt is not None else None
-        done = len(bar_starts(opening)) - 1 if opening else 0
-        if done >= bars:
-            raise ValueError(f"bars: expected more than the {done} bars of the prompt, got {bars}")
-        per_bar, total, endings = self.prior.rows_per_bar, max(bars, self.n_bars), ENDINGS if cadence else 1
-        wanted = key or (opening and key_of(opening))
-        z = self.prior.sample(n, bars * per_bar, temperature, seed, opening and self.line(opening),
-                              None if wanted is None else KEY_NAMES.index(wanted), cadence, endings)
-        z = torch.nn.functional.pad(z, (0, 0, 0, (total - bars) * per_bar))
-        pieces, spans = [[opening] * (done > 0) for _ in range(n)], [(0, done)] * (done > 0)
-        while done < bars:
-            bar = min(max(0, done - OVERLAP), total - self.n_bars)
-            is_last = bar + self.n_bars >= bars
-            begin = [self.context(piece[-1], spans[-1][1], done - bar) if done else [BOS] for piece in pieces]
-            if is_last:
-                pieces, begin = ([x for x in xs for _ in range(endings)] for xs in (pieces, begin))
-            rows = z[::1 if is_last else endings, bar * per_bar:(bar + self.n_bars) * per_bar]
-            pieces = [[*piece, new] for piece, new in zip(pieces, self.decode(rows, begin=begin), strict=True)]
-            spans.append((done - bar, min(self.n_bars, bars - bar)))
-            done = bar + self.n_bars
-        scores = [chain(piece, spans) for piece in pieces]
-        last = stopping(scores)
-        return [next((score for score in scores[i:i + endings] if closes(score, last)), scores[i])
-                for i in range(0, len(scores), endings)]
-
-    def context(self, window: Score, last: int, n: int) -> list[int]:
-        """Ids of the n bars of a window before its bar `last`, BOS first, for a decoder that goes on from there."""
-        lines = bar_starts(window)
-        last = min(last, len(lines) - 1)
-        part = cut(window, lines[:last + 1], max(0, last - n), n)
-        return self.codec.encode([part])[0][:-1].tolist() if part.note_num() else [BOS]
-
-    @torch.no_grad()
-    def line(self, music: Music) -> Tensor:
-        """Posterior means (T, C) of a whole piece, `rows_per_bar` rows a bar; a prior goes on from it."""
-        score, bars, windows = self.windows(music)
-        found = [(bar, mu, mu) for bar, mu in zip(bars, self.encode_windows(windows), strict=True)]
-        return lay(found, self.n_bars)[0][:(len(bar_starts(score)) - 1) * self.config.model.rows_per_bar]
+        whole("n", n), whole("bars", bars)
+        if self.prior is not None and learned:
+            checked(temperature, top_p)
+            opening = None if prompt is None else self.score(prompt)
+            return compose(self, n, bars, seed, temperature, opening, key, cadence)
+        for name, value in (("prompt", prompt), ("key", key)):
+            if value is not None:
+                raise ValueError(f"{name}: expected a run with a learned prior, N(0, 1) cannot follow one; call "
+                                 "run.fit_prior() first")
+        spans = [(0, min(self.n_bars, bars - bar)) for bar in range(0, bars, self.n_bars)]
+        windows = self.sample(n * len(spans), seed, temperature, top_p)
+        return [chain(windows[i::n], spans) for i in range(n)]
 
     def fit_prior(self, steps: int = 1500, seed: int = 0) -> dict[str, float]:
         """Learn the prior over latent rows from the training split and keep it in the run's folder; returns what a row
@@ -292,7 +291,7 @@ class Run:
         if self.config.model.bottleneck != "rows":
             raise ValueError(f"bottleneck: expected rows, whose latent follows the bars, got "
                              f"{self.config.model.bottleneck!r}")
-        lines, held_out = (lines_of(self.model, self.codec, self.pieces(split), split == "train")
+        lines, held_out = (lines_of(self.model, self.codec, sampled(self.pieces(split)), split == "train")
                            for split in ("train", "valid"))
         self.prior, figures = fit(lines, held_out, self.config.model.rows_per_bar, steps=steps, seed=seed,
                                   joint=self.model.prior)
@@ -309,7 +308,7 @@ class Run:
         path, weights = self.folder / "directions.safetensors", self.folder / "model.safetensors"
         directions = load_directions(path, weights)
         if directions is None:
-            windows = [w for piece in self.pieces("train") for w in self.windows(piece)[2] if w.note_num()]
+            windows = [w for piece in sampled(self.pieces("train")) for w in self.windows(piece)[2] if w.note_num()]
             values = np.array([[attribute(w) for attribute in ATTRIBUTES.values()] for w in windows])
             directions = find(self.encode_windows(windows), values, list(ATTRIBUTES))
             save_directions(directions, path, weights)

@@ -20,7 +20,7 @@ ORDER = (  # a file imports only from those above it
     "run",
     "book.setup", "book.notebooks", "book.cluster", "book.sweep", "book.widgets", "book.cli",
 )
-CORE = ("files", "config", "data.store", *(name for name in ORDER if name.startswith("model.")), "train")
+CORE = ("files", "config", "processes", "data.store", *(name for name in ORDER if name.startswith("model.")), "train")
 CORE_MAY_IMPORT = {"mtxlib", "torch", "numpy", "safetensors", "tqdm", *sys.stdlib_module_names}
 LAZY = {("model.train", "wandb")}  # imported inside a function, and only if asked for
 MTXLIB = Path(mtxlib.__file__).parent

@@ -6,11 +6,13 @@ import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from symusic import Note, Score, Track
+from symusic import Note, Score, Tempo, Track
 
 import mtxlib
 from mtxlib.data.tokens import make_tokenizer
@@ -238,6 +240,78 @@ def test_calls_that_make_no_sense_are_refused(run, music):
         run.generate(bars=0)
 
 
+@pytest.mark.parametrize("call, says", [
+    (lambda run: run.compose(n=0), "n: expected at least 1, got 0"),
+    (lambda run: run.sample(0), "n: expected at least 1, got 0"),
+    (lambda run: run.generate(bars=5.5), "bars: expected a whole number, at least 1, got 5.5"),
+    (lambda run: run.generate(bars=4, temperature=-1), "temperature: expected 0 .greedy. or more, got -1"),
+    (lambda run: run.generate(bars=4, top_p=5), "top_p: expected a share above 0, at most 1, got 5"),
+    (lambda run: run.decode(torch.zeros(1, 16, 4), temperature=float("nan")), "temperature: expected 0 .* got nan"),
+    (lambda run: run.decode(torch.zeros(16, 4)), r"z: expected \(N, S, 4\), got \(16, 4\)"),
+    (lambda run: run.pieces("val"), "split: expected one of train, valid, test, got 'val'"),
+    (lambda run: run.diagnose("val"), "split: expected one of train, valid, test, got 'val'"),
+    (lambda run: run.interpolate(torch.zeros(16, 4), torch.zeros(16, 4), steps=2.5), "steps: expected a whole number"),
+    (lambda run: load_run(run.folder, device="tpu"), "device: expected cpu.*, got 'tpu'")])
+def test_what_cannot_be_is_refused_in_a_sentence(call, says, run):
+    with pytest.raises(ValueError, match=says):
+        call(run)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_gpu_that_is_not_there_is_refused(run_dir):
+    with pytest.raises(ValueError, match="device: expected cpu, for torch sees no GPU, got 'cuda'"):
+        load_run(run_dir, device="cuda")
+
+
+def test_one_path_alone_arrays_and_tuples_are_welcome(run, by_metre):
+    a, b = by_metre["4/4"], by_metre["3/4"]
+    for music in (a.path, str(a.path), a, Score(a.path)):
+        torch.testing.assert_close(run.encode(music), run.encode([a.path]))
+    z = prior_latents(run.model, 2, 100)
+    assert [notes(s) for s in run.decode(z.numpy())] == [notes(s) for s in run.decode(z)]
+    expected = notes(run.morph(a, b, [0, 0, 1, 1]))
+    for alpha in ((0, 0, 1, 1), np.array([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1])):
+        assert notes(run.morph(a, b, alpha)) == expected
+
+
+def voices_at(*times, length=480, tempo=72):
+    score = Score(480)
+    score.tempos.append(Tempo(0, tempo))
+    for program, pitch in ((52, 72), (53, 67), (54, 60), (42, 48)):
+        score.tracks.append(Track("", program, False))
+        score.tracks[-1].notes.extend([Note(time, length, pitch, 80) for time in times])
+    return score
+
+
+def test_a_window_stays_a_window_whatever_rings_on_or_is_silent(run):
+    lines = [1920 * i for i in range(8)]
+    for window in (cut(voices_at(0, 7200, length=2400), lines, 0, 4), cut(voices_at(1920, 3840), lines, 0, 4)):
+        assert run.windows(window)[1] == [0] and notes(run.windows(window)[2][0]) == notes(window)
+        torch.testing.assert_close(run.encode(window), run.encode_windows([window]))
+        again = run.reconstruct(window)
+        assert notes(again) == notes(run.decode(run.encode(window))[0])
+        assert run.windows(again)[1] == [0], "it is one still"
+        window.tracks[0].notes.append(Note(7680, 480, 60, 80))
+        assert run.windows(window)[1] == [0, 1] or len(bar_starts(run.windows(window)[0])) == 5, "or a piece again"
+
+
+def test_silent_windows_stay_silent(run):
+    score = voices_at(*range(0, 7680, 480), *range(12 * 1920, 16 * 1920, 480))
+    again = run.reconstruct(score)
+    assert not [n for n in notes(again) if 7680 <= n[1] < 12 * 1920]
+    assert notes(again) and notes(run.reconstruct(cut(score, bar_starts(score), 5, 4))) == []
+    path = Path(__file__).parents[1] / "../shared/cases/silent_bars.mid"
+    if path.exists():
+        assert not [n for n in notes(run.reconstruct(path)) if 7680 <= n[1] < 12 * 1920]
+
+
+def test_decoded_windows_keep_the_tempo_of_the_pieces(run):
+    a, b = voices_at(0, 960, tempo=60), voices_at(0, 480, tempo=120)
+    assert run.reconstruct(a).tempos[0].qpm == pytest.approx(60)
+    assert [s.tempos[0].qpm for s in run.interpolate(a, b, steps=3)] == pytest.approx([60, 90, 120])
+    assert run.morph(a, b, (0, 0, 0, 1)).tempos[0].qpm == pytest.approx(75)
+
+
 def test_voices_the_tokenizer_does_not_know_are_refused(run, tmp_path):
     score = Score(480)
     for program in (0, 7):
@@ -284,7 +358,7 @@ def test_the_ends_of_an_interpolation_are_the_reconstructions(run, by_metre):
 
 def test_a_morph_may_go_bar_by_bar(run, by_metre):
     a, b = by_metre["4/4"].path, by_metre["3/4"].path
-    za, zb = run.pair(a, b)
+    za, zb, _ = run.pair(a, b)
     ends = [notes(s) for s in run.decode(torch.stack([za, zb]))]
     assert [notes(run.morph(a, b, 0)), notes(run.morph(a, b, [1, 1, 1, 1]))] == ends
     half = torch.cat([za[:len(za) // 2], zb[len(zb) // 2:]])

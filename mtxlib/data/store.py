@@ -78,11 +78,11 @@ class Grammar:
     window's bars, and none twice at one place.
 
     ends: (V, 4) integers: the kinds of an id's first and last base token, the position it sets before any other timing,
-    -1 for none, and the clock's unit in which a position that it sets would miss the grid, 0 for none. follows: (K, K), True where a kind may come
-    after another. fresh: kinds after which any position of the bar is still ahead. table: the clock's. notes: for each
-    id the chords it writes, a list of (program, pitch) each, from 0, the program -1 for the one named before; the first
-    chord where it stood, each other one where it has moved to in time. named: the program each id names last, -1 for
-    none. sizes: how many programs and pitches.
+    -1 for none, and the clock's unit in which a position that it sets would miss the grid, 0 for none. follows: (K, K),
+    True where a kind may come after another. fresh: kinds after which any position of the bar is still ahead. table:
+    the clock's. notes: for each id the chords it writes, a list of (program, pitch) each, from 0, the program -1 for the
+    one named before; the first chord where it stood, each other one where it has moved to. named: the program each
+    id names last, -1 for none. sizes: how many programs and pitches.
     """
 
     def __init__(self, ends: np.ndarray | list, follows: np.ndarray, fresh: list[int], table: SlotTable,

@@ -38,7 +38,19 @@ from mtxlib.data.store import (
 )
 from mtxlib.files import atomic, brief
 from mtxlib.music.corpus import Piece
-from mtxlib.music.score import MAX_BEATS, METRES, TEMPI, TEMPO, TPQ, VOICES, bar_starts, window_bars
+from mtxlib.music.score import (
+    BY_LENGTH,
+    GRID,
+    MAX_BEATS,
+    METRES,
+    TEMPI,
+    TEMPO,
+    TPQ,
+    VOICES,
+    WINDOW_END,
+    bar_starts,
+    window_bars,
+)
 from mtxlib.processes import apart, cores
 
 PITCHES = (21, 109)  # the piano's range; the upper end is excluded
@@ -147,7 +159,7 @@ class Codec:
             times = [name for name in found if beat_of(name, self.grid) >= 0]
             at = [int(name[9:]) if name.startswith("Position") else -1 for name in times] or [-1]
             first, last = (kind_of[ids[0]], kind_of[ids[-1]]) if ids else [kinds.index("PAD")] * 2
-            is_odd = any(position > 0 and position % 2 for position in at)  # between two of the grid, where an eighth beats
+            is_odd = any(position > 0 and position % 2 for position in at)  # misses the grid if an eighth beats
             ends.append([first, last, at[0], is_odd * 24 // self.grid])
         may = np.array([[b in follows[a].split() for b in kinds] for a in kinds])
         programs, pitches = ({name: i for i, name in enumerate(n for n in self.names if n.startswith(kind))}
@@ -208,6 +220,8 @@ class Codec:
             score.tempos = symusic.core.TempoTickList([symusic.Tempo(0, TEMPO)])
         for track in score.tracks:
             track.name = VOICES.get(track.program, track.name)
+        lines = bar_starts(score, self.n_bars * max(BY_LENGTH) * GRID)[:self.n_bars + 1]
+        score.markers.append(symusic.TextMeta(lines[-1], WINDOW_END))
         return score
 
     def slots(self, sequences: list[np.ndarray], chunk: int = 4096) -> list[np.ndarray]:
@@ -253,7 +267,7 @@ def chords_of(names: list[str], programs: dict[str, int], pitches: dict[str, int
     """The notes that base tokens begin, as `Grammar` wants them, and the program that is named last."""
     chords, program = [[]], -1
     for name in names:
-        if beat_of(name) >= 0:
+        if name.startswith(("Bar", "Position")):
             chords.append([])
         elif name in programs:
             program = programs[name]

@@ -29,6 +29,8 @@ def decode(model: MusicVAE, table: SlotTable, z: Tensor, is_live: Tensor | None 
     is_live = torch.ones(z.shape[:2], dtype=torch.bool, device=device) if is_live is None else is_live
     begin = begin or [[BOS]] * len(z)
     given = np.array([len(ids) for ids in begin])
+    if given.max() >= max_tokens:
+        raise ValueError(f"begin: expected fewer ids than max_tokens = {max_tokens}, got {given.max()}")
     out, common = np.full((len(z), max_tokens), EOS), int(given.min())
     for row, ids in zip(out, begin, strict=True):
         row[:len(ids)] = ids

@@ -5,6 +5,7 @@ Windows are compared as piano rolls (`score.roll`), drums and chords with the re
 S latent rows, C latent channels; V voices, T steps (`score.STEPS` a quarter).
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -38,12 +39,13 @@ def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     return ((1 - alpha) * na + alpha * nb) * direction
 
 
-def mix(a: Tensor, b: Tensor, alpha: float | list[float], n_bars: int) -> Tensor:
-    """Between latents a and b (S, C) of one window: `slerp` of the whole matrix or, with a list of `n_bars` alphas, of
+def mix(a: Tensor, b: Tensor, alpha: float | Sequence[float], n_bars: int) -> Tensor:
+    """Between latents a and b (S, C) of one window: `slerp` of the whole matrix or, with `n_bars` alphas, of
     each bar's rows by themselves.
 
     Raises ValueError where the list has another length, or the rows do not follow the bars.
     """
+    alpha = np.asarray(alpha).tolist()
     if not isinstance(alpha, list):
         return slerp(a, b, alpha)
     if len(alpha) != n_bars or len(a) % n_bars:

@@ -261,13 +261,6 @@ def _uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def save_ogg(score, path: str | Path) -> Path:
-    """Write the sound of the score as OGG Vorbis, about 6 KB a second; atomic."""
-    data = _ogg(*waveform(score))
-    atomic(path, lambda p: p.write_bytes(data))
-    return Path(path)
-
-
 def player(score, autoplay: bool = False) -> str:
     """An <audio> element with the sound inside."""
     return f'<audio controls{" autoplay" * autoplay} src="{_uri("audio/ogg", _ogg(*waveform(score)))}"></audio>'

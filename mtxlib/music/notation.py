@@ -54,8 +54,9 @@ def named_voices(*scores) -> list[list[tuple[str, int, symusic.Track]]]:
         seen = Counter()
         found.append([])
         for track in score.tracks:
-            seen[kind] = seen[kind := (track.program, track.is_drum)] + 1
-            key = (*kind, seen[kind])
+            kind = track.program, track.is_drum
+            seen[kind] += 1
+            key = (*kind, seen[kind])  # two tracks of one program are told apart by their order
             places.setdefault(key, len(places))
             if track.name:
                 names.setdefault(key, track.name)
@@ -286,7 +287,7 @@ def _write_tempos(part, score, bars, picture) -> None:
     for t in score.tempos:
         if t.time < bars[-1][1] and not (picture and abs(t.qpm - shown) < 0.05 * shown):
             i, shown = bisect_right(bars, t.time, key=lambda bar: bar[0]) - 1, t.qpm
-            mark = tempo.MetronomeMark(number=round(shown), numberSounding=round(shown, 3))
+            mark = tempo.MetronomeMark(number=round(shown) if picture else round(shown, 3))
             measures[i].insert(Fraction(t.time - bars[i][0], QUARTER), mark)
 
 
@@ -345,8 +346,8 @@ def _engraver():
 
 
 def notation(score, bars: int | None = None) -> str:
-    """The score, or its first `bars`, as one SVG image 945 pixels wide: two staves for four voices, else one staff a
-    track.
+    """The score, or its first `bars`, as one SVG image 945 pixels wide: two staves for four voices, two for a pianist,
+    else one staff a track.
 
     The page ends after 27,000 pixels, some 500 bars of a chorale: cut longer music into pieces.
     """

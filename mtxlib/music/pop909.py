@@ -1,10 +1,10 @@
-"""POP909 onto its beats: 909 pop songs, each as melody, bridge and piano (Wang 2020, ISMIR; music-x-lab/POP909-Dataset).
+"""POP909 onto its beats: 909 pop songs, each as melody, bridge and piano (Wang 2020, ISMIR).
 
 The MIDI of the set is in seconds of the recordings: most onsets miss its own grid. Its annotation puts it right.
 `beat_midi.txt` holds the seconds of the quarters; between two of them time is stretched evenly. `beat_audio.txt` names
-the downbeats, tracked in the recording: what is wrong there for less than STEADY bars is noise, what holds longer is a
-bar of another length. Where the tracker counted eighths for quarters, or halves, its bars are joined or divided; which of
-two is the first is then said by the third column of `beat_midi.txt`.
+the downbeats, tracked in the recording: what is wrong there for less than STEADY bars is noise, what holds longer is
+a bar of another length. Where the tracker counted eighths for quarters, or halves, its bars are joined or divided;
+which of two is the first is then said by the third column of `beat_midi.txt`.
 """
 
 from collections import Counter

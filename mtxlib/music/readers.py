@@ -298,6 +298,15 @@ def losses(given: Score, normal: Score, n_programs: int, grid: int = 4, velociti
             "pedal": 0 if pedal else sum(len(t.pedals) for t in given.tracks)}
 
 
+def told(counted: dict) -> str:
+    """`losses` in a few words: the notes of the file, and what is not 0."""
+    words = {"merged": "merged", "dropped": "drum hits dropped", "moved": "moved by more than a 64th",
+             "octaves": "moved by octaves", "tempos": "tempo changes given up", "programs": "program changes given up",
+             "pedal": "pedal presses given up"}
+    return ", ".join([f"{counted['notes']:,} notes", *(f"{counted[k]:,} {text}" for k, text in words.items()
+                                                       if counted[k])])
+
+
 def prepare(name: str, kind: str, given, split: str, output: str, form: dict | None = None) -> dict:
     """The manifest entry of one task; the piece, if it is kept, is written to `output`. Runs in a reader process."""
     try:

@@ -27,6 +27,7 @@ VOICE_WORD = re.compile(  # in names of the tracks of single voices, or of track
 LOW, HIGH, DRUMS = 21, 108, (27, 87)  # MidiTok's pitches: notes outside move by octaves, drum hits are left out
 METRES = {8: (3, 5, 6, 7, 9, 12), 4: (1, 2, 3, 4, 5, 6, 7)}  # denominator: numerators
 BY_LENGTH = {n * 16 // d: (n, d) for d in METRES for n in METRES[d]}  # 16ths a bar: metre, x/4 rather than x/8
+WINDOW_END = "end of the window"  # the text of a marker on a window's last bar line
 MAX_BEATS = 16  # longest note, in beats of its metre
 MAX_BYTES, MAX_TRACKS, MAX_NOTES, MAX_BARS = 5_000_000, 128, 200_000, 4_000
 KEYS = {  # tonics and key profile: Krumhansl and Kessler 1982, Psychological Review 89(4)
@@ -283,10 +284,10 @@ def key_of(score: Score) -> str:
     return max(fits, key=lambda key: (round(fits[key], 9), key), default="")  # rounded: a tie is one on any machine
 
 
-def bar_starts(score: Score) -> list[int]:
-    """Ticks of all bar lines, the last one at or after the end of the music; 4/4 where no metre is given."""
+def bar_starts(score: Score, end: int | None = None) -> list[int]:
+    """Ticks of all bar lines, the last one at or after `end`, or the end of the music; 4/4 where no metre is given."""
     changes = [(t.time, max(1, t.numerator * 4 * score.tpq // t.denominator)) for t in reversed(score.time_signatures)]
-    end, starts, length = score.end(), [0], 4 * score.tpq
+    end, starts, length = score.end() if end is None else end, [0], 4 * score.tpq
     while starts[-1] < end:
         while changes and changes[-1][0] <= starts[-1]:
             length = changes.pop()[1]
@@ -302,6 +303,12 @@ def window_bars(n_total: int, n_bars: int, hop: int) -> list[int]:
         return [0]
     starts = list(range(0, n_total - n_bars + 1, hop))
     return starts if starts[-1] == n_total - n_bars else [*starts, n_total - n_bars]
+
+
+def end_of(window: Score) -> int | None:
+    """The tick of a window's last bar line, whatever rings on; None where a score is none, or has become more."""
+    ends = [m.time for m in window.markers if m.text == WINDOW_END] if window.tpq == TPQ else []
+    return ends[0] if ends and all(n.start < ends[0] for t in window.tracks for n in t.notes) else None
 
 
 def cut(score: Score, starts: list[int], bar: int, n_bars: int) -> Score:
@@ -320,6 +327,7 @@ def cut(score: Score, starts: list[int], bar: int, n_bars: int) -> Score:
     for t in score.time_signatures:
         if begin < t.time < end:
             window.time_signatures.append(symusic.TimeSignature(t.time - begin, t.numerator, t.denominator))
+    window.markers.append(symusic.TextMeta(end - begin, WINDOW_END))
     return window
 
 
@@ -339,8 +347,8 @@ def join(windows: list[Score], bars: list[int], n_bars: int, starts: list[int]) 
 
 def chain(windows: list[Score], spans: list[tuple[int, int]]) -> Score:
     """One piece of the bars [first, last) that each window gives, in its own metre; missing bars are empty.
-    Only at the very end a note is cut at the bar line; the four voices (`VOICES`) sing one note at a time, each ends
-    where the next begins."""
+    Only at the very end a note is cut at the bar line; the four voices (`VOICES`) sing one note at a time, each
+    ends where the next begins, unless they are choirs: more than one note in twenty begins with another."""
     out, tracks, end, last_metre = Score(windows[0].tpq), {}, 0, None
     for window, (first, last) in zip(windows, spans, strict=True):
         lines = bar_starts(window)
@@ -360,8 +368,9 @@ def chain(windows: list[Score], spans: list[tuple[int, int]]) -> Score:
         end += until - begin
     for track in tracks.values():
         notes = sorted(track.notes, key=lambda n: n.start)
-        if track.program in VOICES and not track.is_drum:
-            notes = list({n.start: n for n in notes}.values())
+        line = {n.start: n for n in notes}
+        if track.program in VOICES and not track.is_drum and 20 * len(line) >= 19 * len(notes):
+            notes = list(line.values())
             for note, following in pairwise(notes):
                 note.duration = min(note.duration, following.start - note.start)
         for note in notes:

@@ -79,7 +79,8 @@ def test_a_change_of_what_is_mixed_decodes_what_is_shown_or_all_that_one_seed_dr
         assert [len(z) for z in own.asked] == [n] and m.alpha.value == 0.5 and seen(m) != before
         m.alpha.value = 1.0
         z = own.encode_windows([m.a.window, m.b.window])
-        assert torch.equal(own.asked[n != widgets.STEPS][0], z[0]) and torch.equal(own.asked[n != widgets.STEPS][-1], z[1])
+        asked = own.asked[n != widgets.STEPS]
+        assert torch.equal(asked[0], z[0]) and torch.equal(asked[-1], z[1])
         m.alpha.value = 0.5
 
 

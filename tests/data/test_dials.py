@@ -74,10 +74,11 @@ def test_the_clock_tells_the_sixteenth_and_the_grammar_agrees(codec, dials):
     is_pitch = [i for i, id in enumerate(ids) if codec.names[id].startswith("Pitch")]
     told = sorted((slots[i], int(codec.names[ids[i]].split("_")[1])) for i in is_pitch)
     assert told == sorted((n.start // 120, n.pitch) for t in window.tracks for n in t.notes)
-    clock, previous = codec.table.start(1), np.array([BOS])
+    clock, begun, previous = codec.table.start(1), codec.grammar.start(1), np.array([BOS])
     for id in ids[1:]:
         clock, _ = codec.table.advance(clock, previous)
-        assert np.asarray(codec.grammar.allows(previous, clock))[0, id], codec.names[id]
+        codec.grammar.read(begun, previous)
+        assert codec.grammar.allows(previous, clock, begun)[0, id], codec.names[id]
         previous = np.array([id])
 
 

@@ -1,21 +1,24 @@
 """The prior over latent rows: against torch.distributions, a process with a known answer, and a decoder's own music."""
 
+import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from symusic import Score
+from symusic import Note, Score, Tempo, Track
 from torch import distributions
 
 from mtxlib.config import BOS
-from mtxlib.latent.compose import lay, lines_of, transposed
+from mtxlib.latent.compose import context, lay, line, lines_of, sampled, transposed
 from mtxlib.model.prior import CONTEXT, Line, RowPrior, fit, load_prior, rates, save_prior, stretches
-from mtxlib.music.score import KEY_NAMES, bar_starts, key_of
+from mtxlib.music.score import KEY_NAMES, VOICES, bar_starts, chain, cut, key_of, note_counts
 from mtxlib.run import load_run
 
 C = 3
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -197,9 +200,9 @@ def composer(run_dir, tmp_path_factory):
 
 def test_posteriors_of_pieces_are_their_windows(composer, pieces):
     pieces = [piece for piece in pieces if piece.name != "gap.mid"][:2]
-    for piece, line in zip(pieces, lines_of(composer.model, composer.codec, pieces), strict=True):
-        ours = composer.line(piece.path)
-        torch.testing.assert_close(line.mu[:len(ours)], ours, atol=1e-4, rtol=1e-4)
+    for piece, found in zip(pieces, lines_of(composer.model, composer.codec, pieces), strict=True):
+        ours = line(composer, composer.score(piece.path))
+        torch.testing.assert_close(found.mu[:len(ours)], ours, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bars", [1, 3, 4, 5, 6, 11])
@@ -222,7 +225,7 @@ def test_a_prompt_stays_and_is_gone_on_from(composer, pieces):
 
 def test_a_window_goes_on_from_the_end_of_the_one_before(composer, pieces):
     window = composer.windows(pieces[0].path)[2][0]
-    ids = composer.context(window, 4, 2)
+    ids = context(composer, window, 4, 2)
     assert ids[0] == BOS and len(ids) > 1
     again = composer.decode(torch.zeros(1, *composer.encode_windows([window]).shape[1:]), begin=[ids])[0]
     lines = bar_starts(window)
@@ -232,8 +235,9 @@ def test_a_window_goes_on_from_the_end_of_the_one_before(composer, pieces):
 
 
 def test_each_window_of_a_piece_goes_on_from_the_end_of_the_one_before(composer, monkeypatch):
-    asked, context = [], composer.context
-    monkeypatch.setattr(composer, "context", lambda window, *bars: asked.append(bars) or context(window, *bars))
+    asked = []
+    monkeypatch.setattr("mtxlib.latent.compose.context",
+                        lambda run, window, *bars: asked.append(bars) or context(run, window, *bars))
     composer.compose(2, 9, seed=4)
     assert asked == [(4, 1)] * 2 + [(4, 2)] * 2, "the last bar; before the last window, which ends with the piece, two"
 
@@ -253,12 +257,13 @@ def test_of_several_endings_one_that_closes_is_taken(composer, monkeypatch):
     open_ended = composer.compose(2, 6, seed=4, cadence=False)
     assert len(open_ended) == 2
     offered = []
-    monkeypatch.setattr("mtxlib.run.closes", lambda score, voices: offered.append(score) or len(offered) in (3, 9))
+    monkeypatch.setattr("mtxlib.latent.compose.closes",
+                        lambda score, voices: offered.append(score) or len(offered) in (3, 9))
     a, b = composer.compose(2, 6, seed=4)
     assert len(offered) == 9 and notes(a) == notes(offered[2]) and notes(b) == notes(offered[8])
     line = 4 * 1920
     assert len({str([n for n in notes(score) if n[0] < line]) for score in offered[:3]}) == 1, "one piece up to there"
-    monkeypatch.setattr("mtxlib.run.closes", lambda score, voices: False)
+    monkeypatch.setattr("mtxlib.latent.compose.closes", lambda score, voices: False)
     assert [notes(s) for s in composer.compose(2, 6, seed=4)] == [notes(s) for s in (offered[0], offered[3])]
 
 
@@ -280,6 +285,86 @@ def test_the_normal_prior_can_still_be_asked_for(composer, run_dir):
     plain = load_run(run_dir, "cpu")
     assert notes(composer.generate(6, seed=2, learned=False)) == notes(plain.generate(6, seed=2))
     assert notes(composer.generate(6, seed=2)) != notes(plain.generate(6, seed=2))
+
+
+def dense_bar():
+    """One bar with 192 notes."""
+    score = Score(480)
+    for voice in range(4):
+        score.tracks.append(Track("", list(VOICES)[voice], False))
+        score.tracks[-1].notes.extend([Note(120 * i, 120, 40 + 8 * voice + k, 80) for i in range(16) for k in range(3)])
+    return score
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_context_that_leaves_no_room_is_shortened_by_whole_bars(n, composer, pieces):
+    sparse = composer.windows(pieces[0].path)[2][0]
+    window = chain([dense_bar(), sparse], [(0, 1), (0, 3)])
+    room = composer.max_tokens - composer.mean_tokens
+    assert len(composer.codec.encode([dense_bar()])[0]) > room
+    assert context(composer, window, 1, 1) == [BOS]
+    window = chain([sparse, dense_bar()], [(0, 3), (0, 1)])
+    expected = context(composer, window, 3, n)
+    assert 1 < len(expected) <= room and context(composer, window, 4, n + 1) == expected, "what comes before it stays"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_raised_and_no_note_is_doubled_whatever_the_weights(seed, run_dir, pieces):
+    """Untrained and spoilt decoders and priors, prompts, keys, endings, temperatures and lengths."""
+    run, rng = load_run(run_dir, "cpu"), random.Random(seed)
+    torch.manual_seed(seed)
+    run.prior = RowPrior(run.config.model.latent_channels, run.config.model.rows_per_bar, d_model=16, n_layers=1,
+                         n_heads=2, hidden=8, components=2).eval()
+    with torch.no_grad():
+        for p in [*run.model.parameters(), *run.prior.parameters()]:
+            p.add_(rng.choice((0, 0.1, 1.0)) * torch.randn_like(p))
+    short = cut(Score(pieces[0].path), bar_starts(Score(pieces[0].path)), 0, 1)
+    for prompt in (None, short, dense_bar(), run.decode(torch.randn(1, 16, run.config.model.latent_channels))[0]):
+        bars = rng.randint(1 if prompt is None else 5, 12)
+        if prompt and not prompt.note_num():
+            continue
+        scores = run.compose(2, bars, seed, rng.choice((0.0, 0.5, 1.0, 5.0)), prompt=prompt,
+                             key=rng.choice((None, *KEY_NAMES[:-1])), cadence=rng.random() < 0.5)
+        for score in scores + run.sample(2, seed, 5.0) + [run.reconstruct(scores[0])] * (scores[0].note_num() > 0):
+            assert max(note_counts(score).values(), default=1) == 1
+        assert all(len(bar_starts(score)) - 1 <= bars for score in scores)
+
+
+def test_a_dense_bar_can_be_gone_on_from(composer):
+    path = ROOT / "../shared/cases/dense_bar.mid"
+    if not path.exists():
+        pytest.skip("needs ../shared/cases/dense_bar.mid; `dense_bar` here is like it")
+    score = composer.generate(6, prompt=path)
+    assert 4 < len(bar_starts(score)) <= 7
+
+
+def test_a_prompt_that_is_a_window_is_as_long_as_the_window(composer):
+    window = ringing_window()
+    score = composer.generate(8, seed=1, prompt=window)
+    assert [(*n[:2], n[3]) for n in notes(score) if n[0] < 4 * 1920] == [(*n[:2], n[3]) for n in notes(window)]
+    assert score.tempos[0].qpm == pytest.approx(132) and any(n[0] >= 4 * 1920 for n in notes(score))
+    with pytest.raises(ValueError, match="bars: expected more than the 4 bars of the prompt, got 4"):
+        composer.generate(4, prompt=window)
+
+
+def ringing_window():
+    """Four bars at 132, the last chord rings on for a bar."""
+    score = Score(480)
+    score.tempos.append(Tempo(0, 132))
+    for program, pitch in zip(VOICES, (72, 67, 60, 48), strict=True):
+        score.tracks.append(Track("", program, False))
+        score.tracks[-1].notes.extend([Note(0, 960, pitch, 80)] * (program == 52) + [Note(7200, 2400, pitch, 80)])
+    return cut(score, [0, 1920, 3840, 5760, 7680, 9600], 0, 4)
+
+
+def test_the_pieces_a_prior_learns_from_are_bounded(pieces, monkeypatch, capsys):
+    assert sampled(pieces) == pieces and capsys.readouterr().out == ""
+    monkeypatch.setattr("mtxlib.latent.compose.MOST_BARS", 30)
+    few = sampled(pieces)
+    assert 0 < sum(p.bars for p in few) <= 30 and few == [p for p in pieces if p in few] == sampled(pieces)
+    assert f"{len(pieces) - len(few)} of {len(pieces)} pieces left out, at random: 30 bars" in capsys.readouterr().out
+    monkeypatch.setattr("mtxlib.latent.compose.MOST_BARS", 1)
+    assert len(sampled(pieces)) == 1
 
 
 @pytest.mark.parametrize("bottleneck", ["conv", "none"])

@@ -219,16 +219,13 @@ def test_drums_sound():
     assert centres[0] < 500 < centres[1] < centres[2] and centres[2] > 4000
 
 
-def test_ogg_decodes_to_the_same_length(tmp_path):
+def test_ogg_decodes_to_the_same_length():
     samples, rate = display.waveform(chorale())
-    path = display.save_ogg(chorale(), tmp_path / "chorale.ogg")
-    decoded, decoded_rate = soundfile.read(path)
+    player = display.audio(chorale())
+    decoded, decoded_rate = soundfile.read(io.BytesIO(player.data))
     assert (len(decoded), decoded_rate) == (len(samples), rate)
     assert np.corrcoef(decoded, samples)[0, 1] > 0.95
-    assert [p.name for p in tmp_path.iterdir()] == ["chorale.ogg"]
-    player = display.audio(chorale())
     assert "data:audio/ogg;base64," in player._repr_html_()
-    assert soundfile.info(io.BytesIO(player.data)).frames == len(samples)
 
 
 def test_five_minutes_of_sound_fit_into_an_ogg():

@@ -8,7 +8,7 @@ from scores import Q, melody, metres_of, notes_of, quarters, score_of
 from symusic import Pedal, Tempo
 
 from mtxlib.music import readers
-from mtxlib.music.score import TEMPI, VOICES, bar_starts, key_of, normalise
+from mtxlib.music.score import TEMPI, VOICES, bar_starts, chain, key_of, normalise
 
 
 def test_four_voices_become_soprano_to_bass_on_the_grid():
@@ -227,6 +227,14 @@ def test_tracks_keep_their_order_and_drums_theirs():
     score = score_of((-1, [(0, 1, 36)]), (5, melody(1)), (-1, [(0, 1, 40)]), (5, melody(2)))
     assert [(t.name, t.program, t.is_drum, len(t.notes)) for t in normalise(score).tracks] == [
         ("track -1", 0, True, 2), ("track 5", 5, False, 16), ("track 5", 4, False, 16)]
+
+
+def test_a_choir_keeps_its_chords_when_windows_are_chained_and_single_voices_stay_single():
+    chords, line = [(i, 1, p) for i in range(8) for p in (48, 52, 55)], [(i, 1.5, 60 + i % 2) for i in range(8)]
+    window = normalise(score_of((52, chords), (42, line)))
+    piece = chain([window, window], [(0, 2), (0, 2)])
+    assert [len(t.notes) for t in piece.tracks] == [48, 16]
+    assert {n.duration for n in piece.tracks[0].notes} == {Q} == {n.duration for n in piece.tracks[1].notes}
 
 
 # ---- tempo, and what the music is written with
