@@ -425,24 +425,6 @@ def roll(score: Score, voices: list[int], steps: int) -> tuple[np.ndarray, np.nd
     return sounds, begins
 
 
-def score_of(sounds: np.ndarray, begins: np.ndarray, voices: list[int]) -> Score:
-    """The notes of a piano roll (see `roll`); one that sounds without having begun begins where it is first heard."""
-    before = np.pad(sounds, ((0, 0), (1, 1), (0, 0)))
-    now, before = before[:, 1:], before[:, :-1]
-    begins = now & (np.pad(begins, ((0, 0), (0, 1), (0, 0))) | ~before)
-    ends = before & (begins | ~now)
-    voice, pitch, start = np.nonzero(begins.transpose(0, 2, 1))
-    length = np.nonzero(ends.transpose(0, 2, 1))[2] - start
-    score, tick = Score(TPQ), TPQ // STEPS
-    for i, program in enumerate(voices):
-        own = np.flatnonzero(voice == i)
-        own = own[np.argsort(start[own], kind="stable")]
-        track = Track("Drums" if program < 0 else "", max(program, 0), program < 0)
-        track.notes = Note.from_numpy(start[own] * tick, length[own] * tick, pitch[own], np.full(len(own), VELOCITY))
-        score.tracks.append(track)
-    return score
-
-
 def bar_lines(score: Score) -> np.ndarray:
     """Steps of all bar lines, see `bar_starts`."""
     return np.array(bar_starts(score)) * STEPS // score.tpq
