@@ -117,8 +117,10 @@ class Run:
     # -- music in -----------------------------------------------------------------------------------------------------
 
     def score(self, music: Music) -> Score:
-        """Music in normal form; a window (of `cut`, or decoded) stays as it is. Raises ValueError when the tokenizer does
-        not know a voice."""
+        """Music in normal form; a window (of `cut`, or decoded) stays as it is.
+
+        Raises ValueError when a voice is one the tokenizer does not know.
+        """
         if isinstance(music, Piece):
             score = Score(music.path)
         else:
