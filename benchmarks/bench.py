@@ -370,6 +370,9 @@ def generation(setting: Setting) -> Iterator[Row]:
         if batch > 1:
             yield Row(f"generation, batch {batch}, to batch 1 without", "tokens/s", rates, alone,
                       at_least=50.0 if batch == 64 else 0.0)
+    if run.prior:
+        composed = take_turns(3, lambda: seconds(lambda: run.generate(64)))
+        yield Row("64 bars from the learned prior", "s", *composed, note="the reference run; eight last bars are tried")
 
 
 # -- tokens -----------------------------------------------------------------------------------------------------------

@@ -62,12 +62,12 @@ class SlotTable:
         return torch.from_numpy(np.stack(columns, 1))
 
 
+@dataclass
 class Begun:
-    """The notes that B sequences have begun at the place in time where they are: `at` (B, programs, pitches + 1), the
-    last column always False, and the program each has named last."""
+    """The notes that B sequences have begun at the place in time where they are."""
 
-    def __init__(self, batch: int, programs: int, pitches: int):
-        self.at, self.program = np.zeros((batch, programs, pitches + 1), bool), np.zeros(batch, int)
+    at: np.ndarray  # (B, programs, pitches + 1), the last column always False
+    program: np.ndarray  # (B,) that each has named last
 
     def keep(self, rows: np.ndarray) -> None:
         self.at, self.program = self.at[rows], self.program[rows]
@@ -110,7 +110,7 @@ class Grammar:
                 self.clashes[program, i] = any(len(set(chord)) < len(chord) for chord in told)
 
     def start(self, batch: int) -> Begun:
-        return Begun(batch, *self.sizes)
+        return Begun(np.zeros((batch, self.sizes[0], self.sizes[1] + 1), bool), np.zeros(batch, int))
 
     def read(self, begun: Begun, ids: np.ndarray) -> None:
         """Take note of one id (B,) a sequence."""

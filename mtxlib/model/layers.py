@@ -141,14 +141,14 @@ def without_onednn():
 
 class Cache:
     """A stack of `DecoderBlock`s that reads a few tokens at a time: their weights, and the keys and values of all that
-    they have read, for `size` tokens of `batch` sequences.
+    they have read, for `size` tokens of `batch` sequences. `told`: what else the caller keeps of each sequence.
 
     It computes what the blocks do, without dropout, in as few operations as there are: of one token, each costs more in
     being called than in computing. The channels of queries and keys are laid out so that a complex product turns them.
     """
 
     def __init__(self, blocks: nn.ModuleList, batch: int, size: int, memory: list | None = None,
-                 may_attend: Tensor | None = None):
+                 may_attend: Tensor | None = None, told: Tensor | None = None):
         weight, H = blocks[0].attention.qkv.weight, blocks[0].attention.n_heads
         D = weight.shape[1]
         pairs = torch.arange(D, device=weight.device).view(H, 2, -1).transpose(1, 2).flatten()
@@ -157,7 +157,7 @@ class Cache:
                         block.cross and (norm_of(block.norm2), block.cross.q.weight, block.cross.out.weight.t()),
                         norm_of(block.norm3), block.mlp.up.weight, block.mlp.down.weight.t()) for block in blocks]
         self.size, self.length = size, 0
-        self.memory, self.may_attend = memory or [None] * len(blocks), may_attend
+        self.memory, self.may_attend, self.told = memory or [None] * len(blocks), may_attend, told
         self.kept = torch.zeros(len(blocks), batch, 2, H, size, D // H, device=weight.device, dtype=weight.dtype)
         half = D // H // 2
         angle = torch.arange(size, device=weight.device)[:, None] * 10_000.0 ** (
@@ -194,7 +194,7 @@ class Cache:
         """Go on with the sequences at `rows` (indices into the batch) only."""
         self.kept = self.kept[:, rows]
         self.memory = [m and (m[0][rows], m[1][rows]) for m in self.memory]
-        self.may_attend = self.may_attend[rows] if self.may_attend is not None else None
+        self.may_attend, self.told = (x if x is None else x[rows] for x in (self.may_attend, self.told))
         return self
 
 

@@ -226,19 +226,6 @@ def make_bottleneck(config: ModelConfig, n_slots: int) -> Bottleneck:
     return {"conv": Conv, "linear1d": Linear1d, "linear2d": Linear2d}[config.bottleneck](config)
 
 
-class Decoding:
-    """What stays while a batch is decoded: the cache, and what each layer adds for each row of z, (B, S + 1, layers *
-    D)."""
-
-    def __init__(self, told: Tensor | None, cache: Cache):
-        self.told, self.cache = told, cache
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with the sequences at `rows` only."""
-        self.told = self.told[rows] if self.told is not None else None
-        self.cache.keep(rows)
-
-
 class Decoder(nn.Module):
     """Causal, told of z by cross attention and by rows added at every layer; without a latent, a language model."""
 
@@ -337,22 +324,21 @@ class MusicVAE(nn.Module):
         memory, is_there = self.bottleneck.memory(z, is_live)
         return z, [block.cross.keys_values(memory) for block in blocks], is_there[:, None, None, :]
 
-    def begin(self, z: Tensor, is_live: Tensor, size: int) -> Decoding:
+    def begin(self, z: Tensor, is_live: Tensor, size: int) -> Cache:
         """Ready to write at most `size` tokens from each z (B, S, C): it is projected for the decoder once."""
         z, memory, may_attend = self.tell(z, is_live)
         told = [project(with_next(z)) for project in self.decoder.add_rows]
         may_attend = None if may_attend is None or may_attend.all() else may_attend  # no mask is faster
-        cache = Cache(self.decoder.blocks, len(z), size, memory, may_attend)
-        return Decoding(torch.cat(told, -1) if told else None, cache)
+        return Cache(self.decoder.blocks, len(z), size, memory, may_attend, torch.cat(told, -1) if told else None)
 
-    def proceed(self, ids: Tensor, slots: Tensor, decoding: Decoding) -> Tensor:
+    def proceed(self, ids: Tensor, slots: Tensor, cache: Cache) -> Tensor:
         """Logits (B, V) after ids (B, T), which continue what was read before: all at once at the beginning, then one
         by one."""
         added = None
-        if decoding.told is not None:
-            rows = take_rows(decoding.told, self.bottleneck.row_of(slots, decoding.cache.length))
+        if cache.told is not None:
+            rows = take_rows(cache.told, self.bottleneck.row_of(slots, cache.length))
             added = rows.flatten(0, 1).split(self.config.d_model, dim=-1)
-        x = decoding.cache.read(self.decoder.embedding(ids, slots), added)[:, -1]
+        x = cache.read(self.decoder.embedding(ids, slots), added)[:, -1]
         return self.decoder.head(self.decoder.norm(x))
 
     def rows_at(self, z: Tensor, slots: Tensor, start: int) -> Tensor:
