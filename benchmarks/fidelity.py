@@ -18,7 +18,8 @@ from pop909 import read_song
 from symusic import Score
 
 from mtxlib.data.tokens import Codec, make_tokenizer
-from mtxlib.music.score import bar_starts, cut, join, normalise, window_bars
+from mtxlib.music.normal import normalise
+from mtxlib.music.score import bar_starts, cut, join, window_bars
 
 MOVED = 1 / 16 + 1e-6  # quarters: a 64th
 NEAR = 1 / 2  # quarters within which a note is looked for

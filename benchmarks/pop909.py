@@ -13,7 +13,8 @@ from itertools import groupby
 import numpy as np
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
-from mtxlib.music.score import KEYS, TPQ, Unusable
+from mtxlib.music.normal import Unusable
+from mtxlib.music.score import KEYS, TPQ
 
 STEADY = 4  # bars that a new place of the downbeat must hold to be believed
 CERTAIN = 0.8  # least share of downbeats that stand where the bars are taken to begin

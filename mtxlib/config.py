@@ -31,7 +31,7 @@ class DataConfig:
 
     @property
     def form(self) -> dict:
-        """The dials of `music.score.normalise`, as `load_corpus` and the readers take them."""
+        """The dials of `music.normal.normalise`, as `load_corpus` and the readers take them."""
         return {"grid": self.grid, "velocities": self.velocities, "tempos": self.tempos, "pedal": self.pedal}
 
 

@@ -36,8 +36,9 @@ from mtxlib.model.prior import RowPrior, fit, load_prior, save_prior
 from mtxlib.model.vae import MusicVAE
 from mtxlib.music.corpus import Piece, load_corpus
 from mtxlib.music.metrics import ATTRIBUTES
+from mtxlib.music.normal import normalise
 from mtxlib.music.readers import read_safely
-from mtxlib.music.score import TEMPO, bar_starts, chain, cut, end_of, join, normalise, window_bars
+from mtxlib.music.score import TEMPO, bar_starts, chain, cut, end_of, join, window_bars
 
 Music = "str | Path | Piece | Score"
 BATCH = 128  # windows encoded or decoded at once

@@ -12,7 +12,7 @@ import mtxlib
 
 ORDER = (  # a file imports only from those above it
     "files", "config", "processes",
-    "music.score", "music.readers", "music.corpus", "music.metrics", "music.notation", "music.display",
+    "music.score", "music.normal", "music.readers", "music.corpus", "music.metrics", "music.notation", "music.display",
     "data.store", "data.tokens",
     "model.layers", "model.optim", "model.prior", "model.vae", "model.losses", "model.likelihood", "model.train",
     "train",

@@ -63,7 +63,7 @@ SPACE = "\u2581"  # stands before every beat in the BPE model of MidiTok
 def make_tokenizer(programs: Iterable[int] = (52, 53, 54, 42), grid: int = 4, velocities: int = 0,
                    tempos: int = 0) -> REMI:
     """A MidiTok tokenizer, one stream for all voices. programs: MIDI programs to tell apart, -1 for drums; grid,
-    velocities and tempos as in `music.score.normalise`."""
+    velocities and tempos as in `music.normal.normalise`."""
     extra = {"num_velocities": velocities} if velocities else {}
     if tempos:
         extra |= {"use_tempos": True, "num_tempos": tempos, "tempo_range": TEMPI, "log_tempos": True}

@@ -61,7 +61,7 @@ def load_corpus(source: str = "bach", data_dir: str | Path = "data", *, archive:
       MusicXML (folder). Where several sources of a sum could mean it: "jsfakes=a.zip,jsb=b.json". Once jsfakes or jsb
       is cached it needs no archive; an archive that is new or changed rebuilds the cache.
     limit: keep only the first pieces of each source, in a cache of their own; 0 keeps all.
-    form: dials of `music.score.normalise` that differ from its defaults; each choice has a cache of its own.
+    form: dials of `music.normal.normalise` that differ from its defaults; each choice has a cache of its own.
 
     Splits go by tune, the same in every source. jsb keeps its own; in a sum with it, the others follow it where it has
     their tune, test before valid before train. Raises ValueError for an unknown source, an archive that cannot be read

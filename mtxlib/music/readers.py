@@ -18,21 +18,8 @@ import numpy as np
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
 from mtxlib.files import atomic, brief
-from mtxlib.music.score import (
-    DRUMS,
-    HIGH,
-    LOW,
-    MAX_BYTES,
-    TPQ,
-    VELOCITY,
-    VOICES,
-    Unusable,
-    bar_starts,
-    key_of,
-    normalise,
-    velocity_levels,
-    within,
-)
+from mtxlib.music.normal import DRUMS, HIGH, LOW, MAX_BYTES, Unusable, normalise, velocity_levels, within
+from mtxlib.music.score import TPQ, VELOCITY, VOICES, bar_starts, key_of
 from mtxlib.processes import apart
 
 SECONDS = {"xml": 60, "chorale": 60}  # limit a file; 5 for all other kinds

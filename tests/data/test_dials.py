@@ -9,7 +9,8 @@ from symusic import Note, Score, Tempo, TimeSignature, Track
 from mtxlib.config import BOS, Config
 from mtxlib.data.store import pad_sequences
 from mtxlib.data.tokens import Codec, base_ids, load_tokenizer, make_tokenizer, window_ids
-from mtxlib.music.score import bar_starts, cut, normalise, window_bars
+from mtxlib.music.normal import normalise
+from mtxlib.music.score import bar_starts, cut, window_bars
 
 DIALS = [{"grid": 4}, {"grid": 8}, {"grid": 12, "velocities": 32}, {"grid": 24, "tempos": 16},
          {"grid": 12, "velocities": 8, "tempos": 32}]

@@ -17,8 +17,8 @@ from symusic import Score
 
 from mtxlib.music import corpus, readers
 from mtxlib.music.corpus import Piece, load_corpus, split_by_tune
+from mtxlib.music.normal import normalise
 from mtxlib.music.readers import read_score
-from mtxlib.music.score import normalise
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"

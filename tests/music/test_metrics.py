@@ -13,8 +13,9 @@ from symusic import Note, Score, TimeSignature, Track
 from mtxlib.music import metrics
 from mtxlib.music.corpus import load_corpus
 from mtxlib.music.metrics import ATTRIBUTES, is_near_key, judge, parallels, similarity, undefined
+from mtxlib.music.normal import normalise
 from mtxlib.music.readers import read_score
-from mtxlib.music.score import SIGNATURES, bar_starts, key_of, normalise, note_f1, notes_of
+from mtxlib.music.score import SIGNATURES, bar_starts, key_of, note_f1, notes_of
 
 VOICES = (52, 53, 54, 42)
 SHARED = Path(__file__).parents[3] / "shared" / "data"

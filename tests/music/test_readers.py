@@ -8,8 +8,9 @@ from hostile import chunk, midi, note
 from scores import Q, broken_files, melody, metres_of, notes_of, quarters, score_of
 
 from mtxlib.music import readers
+from mtxlib.music.normal import normalise
 from mtxlib.music.readers import read_counted, read_safely, read_score, told
-from mtxlib.music.score import VOICES, bar_starts, normalise
+from mtxlib.music.score import VOICES, bar_starts
 
 CASES = Path(__file__).parents[3] / "shared" / "cases"
 

@@ -8,7 +8,8 @@ from scores import Q, melody, metres_of, notes_of, quarters, score_of
 from symusic import Pedal, Tempo
 
 from mtxlib.music import readers
-from mtxlib.music.score import TEMPI, VOICES, bar_starts, chain, key_of, normalise
+from mtxlib.music.normal import normalise
+from mtxlib.music.score import TEMPI, VOICES, bar_starts, chain, key_of
 
 
 def test_four_voices_become_soprano_to_bass_on_the_grid():
@@ -108,7 +109,7 @@ def test_scores_beyond_the_limits_are_refused(tracks, message):
 
 
 def test_too_many_notes(monkeypatch):
-    monkeypatch.setattr("mtxlib.music.score.MAX_NOTES", 15)
+    monkeypatch.setattr("mtxlib.music.normal.MAX_NOTES", 15)
     with pytest.raises(ValueError, match="too many notes: 16, at most 15"):
         normalise(score_of((0, melody(0))))
 
