@@ -171,22 +171,29 @@ def done_file(notebook: Path, out: Path) -> Path:
     return out / ".done" / f"{notebook.stem}.json"
 
 
-def digest(notebook: Path, passed: dict, out: Path) -> str:
-    """Of all that the result rests on: the code, the parameters, the state of the files that these or the run's config
-    name, and the done files of the notebooks before it."""
+def source_of(notebook: Path, passed: dict, out: Path) -> list[tuple]:
+    """Name, size and time of each file that the parameters, or else the run's config, name as something to read."""
     from mtxlib.music.corpus import files_of
 
-    code = [code for code, _ in code_cells(notebook)]
-    before = [path.read_text() for path in sorted((out / ".done").glob("*.json")) if path.stem < notebook.stem]
-    named = [passed[name] for name in READ if name in passed]
-    if "archive" not in declared(notebook) and before and (out / "config.json").exists():
+    named, paths = [passed[name] for name in READ if name in passed], []
+    if "archive" not in declared(notebook) and (out / "config.json").exists():
         named.append(Config.load(out / "config.json").data.archive)
-    paths: list[str] = []
     for archive in named:
         archive_paths(archive, paths.append)
     files = {str(file): file.stat() for path in paths for file in files_of(Path(path))}
-    state = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items()]
-    return hashlib.sha256(json.dumps([code, passed, state, before]).encode()).hexdigest()
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items()]
+
+
+def digest(*parts) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def rests_on(notebook: Path, passed: dict, out: Path) -> dict[str, str]:
+    """Digests of all that the result rests on: the code, the parameters, the source and the done files before it; and
+    of the source alone."""
+    code, source = [code for code, _ in code_cells(notebook)], source_of(notebook, passed, out)
+    before = [path.read_text() for path in sorted((out / ".done").glob("*.json")) if path.stem < notebook.stem]
+    return {"digest": digest(code, passed, source, before), "source": digest(source)}
 
 
 def seconds_done(notebook: Path, passed: dict, out: Path) -> float | None:
@@ -195,7 +202,7 @@ def seconds_done(notebook: Path, passed: dict, out: Path) -> float | None:
         return None
     record = json.loads(done_file(notebook, out).read_text())
     is_whole = all((out / name).exists() for name in record["products"])
-    return record["seconds"] if is_whole and record["digest"] == digest(notebook, passed, out) else None
+    return record["seconds"] if is_whole and record.items() >= rests_on(notebook, passed, out).items() else None
 
 
 def products(notebook: Path, out: Path) -> list[str]:
@@ -226,16 +233,21 @@ def run_notebooks(names: list[str], out: Path, preset: str = "quick", given: dic
                 if seconds is not None:
                     print(f"{notebook.stem}: done already, {seconds:.0f} s saved; --force repeats it", flush=True)
                     continue
-                is_lost = done_file(notebook, out).exists() and not (out / "model.safetensors").exists()
-                if notebook.stem.startswith("04") and (force or is_lost):
+                rests, start = rests_on(notebook, passed, out), time.time()
+                if notebook.stem.startswith("04") and (force or is_stale(out, done_file(notebook, out), rests)):
                     (out / "state.pt").unlink(missing_ok=True)  # or training would only go on from its end
                 done_file(notebook, out).unlink(missing_ok=True)
-                key, start = digest(notebook, passed, out), time.time()
                 execute(notebook, passed, out / notebook.name)
-                record = {"digest": key, "seconds": time.time() - start, "finished": time.time(),
+                record = {**rests, "seconds": time.time() - start, "finished": time.time(),
                           "products": products(notebook, out)}
                 atomic_text(done_file(notebook, out), json.dumps(record))
                 print(f"{notebook.stem:<32}{record['seconds']:6.0f} s", flush=True)
+
+
+def is_stale(out: Path, done: Path, rests: dict[str, str]) -> bool:
+    """Whether a finished training has lost its weights, or its source is another now."""
+    return done.exists() and (not (out / "model.safetensors").exists()
+                              or json.loads(done.read_text())["source"] != rests["source"])
 
 
 def check_folder(out: Path) -> None:

@@ -63,7 +63,7 @@ def record(folder: Path, out: Path, stem: str, passed: dict) -> dict:
     notebook = folder / f"{stem}.ipynb"
     (out / ".done").mkdir(parents=True, exist_ok=True)
     (out / notebook.name).touch()
-    entry = {"digest": notebooks.digest(notebook, passed, out), "seconds": 1.0,
+    entry = {**notebooks.rests_on(notebook, passed, out), "seconds": 1.0,
              "products": notebooks.products(notebook, out)}
     notebooks.done_file(notebook, out).write_text(json.dumps(entry))
     return entry
@@ -93,9 +93,16 @@ def test_a_changed_source_and_lost_products_are_to_do_again(tmp_path):
         assert record(folder, out, "05_latent", {})["products"] == ["diagnosis.json"]
         assert is_done() == [True, True]
 
+    def is_stale():
+        (out / ".done").mkdir(parents=True, exist_ok=True)
+        rests = notebooks.rests_on(folder / "04_training.ipynb", passed, out)
+        return notebooks.is_stale(out, out / ".done" / "04_training.json", rests)
+
+    assert not is_stale()  # nothing is done yet
     do()
+    assert not is_stale()
     (music / "b.mid").write_text("b")
-    assert is_done() == [False, False]
+    assert is_done() == [False, False] and is_stale()
     do()
     (music / "a.mid").write_text("another")
     assert is_done() == [False, False]
@@ -104,7 +111,7 @@ def test_a_changed_source_and_lost_products_are_to_do_again(tmp_path):
     assert is_done() == [True, False]
     do()
     (out / "model.safetensors").unlink()
-    assert is_done() == [False, True]  # 05 follows, since the done file before it will be another
+    assert is_stale() and is_done() == [False, True]  # 05 follows, since the done file before it will be another
     do()
     (out / "samples.mid").touch()
     (out / "samples.mid").unlink()

@@ -225,6 +225,17 @@ def test_all_three_and_steering_when_it_is_opened(own, pieces):
     assert isinstance(tab.children[2], widgets.Steer) and (own.folder / "directions.safetensors").exists()
 
 
+def test_steering_that_cannot_be_says_why_and_is_tried_again_when_opened_again(own, pieces, monkeypatch):
+    tab, directions = widgets.play(own, pieces), own.directions
+    monkeypatch.setattr(own, "directions", unreachable)
+    tab.selected_index = 2
+    assert "no network" in tab.children[2].value
+    monkeypatch.setattr(own, "directions", directions)
+    tab.selected_index = 0
+    tab.selected_index = 2
+    assert isinstance(tab.children[2], widgets.Steer)
+
+
 def test_pieces_shorter_than_a_window_are_not_offered(own, pieces):
     offered = [p for p in pieces if p.bars >= own.n_bars]
     assert len(widgets.Morph(own, pieces).a.music) == len(offered) < len(pieces)
