@@ -317,7 +317,7 @@ def test_voices_the_tokenizer_does_not_know_are_refused(run, tmp_path):
     for program in (0, 7):
         score.tracks.append(Track("", program, False))
         score.tracks[-1].notes.append(Note(0, 480, 60, 80))
-    with pytest.raises(ValueError, match=r"the score: expected voices .* \[42, 52, 53, 54\] .*got \[0, 7\]"):
+    with pytest.raises(ValueError, match=r"the score: expected voices .* \[42, 52, 53, 54\], .*got \[0, 7\]"):
         run.encode([score])
     score.dump_midi(tmp_path / "duo.mid")
     with pytest.raises(ValueError, match=r"duo\.mid: expected voices"):

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 import symusic
-from symusic import Note, Score, Track
+from symusic import Score
 
 TPQ, GRID = 480, 120  # ticks a quarter, ticks a 16th
 VELOCITY, TEMPO = 80, 120.0  # TEMPO, quarters a minute, is MIDI's own where a file has none

@@ -188,20 +188,20 @@ def edit(track, note, **values):
 
 def test_a_perfect_copy(codec, original):
     assert against(codec, original[0], lambda s: None) == {
-        "note_f1": 1.0, "duration_accuracy": 1.0, "exact_windows": 1.0}
+        "note_f1": 1.0, "duration_accuracy": 1.0, "exact_windows": 1.0, "repeats": 0.0}
 
 
 @pytest.mark.parametrize("change", [edit(0, 3, pitch=lambda p: p + 13), edit(2, -1, time=lambda t: t + 120)])
 def test_one_wrong_note(codec, original, change):
     window, n = original
     d = against(codec, window, change)
-    assert d == {"note_f1": pytest.approx((n - 1) / n), "duration_accuracy": 1.0, "exact_windows": 0.0}
+    assert d == {"note_f1": pytest.approx((n - 1) / n), "duration_accuracy": 1.0, "exact_windows": 0.0, "repeats": 0.0}
 
 
 def test_one_wrong_length(codec, original):
     window, n = original
     d = against(codec, window, edit(1, 2, duration=lambda d: d + 120))
-    assert d == {"note_f1": 1.0, "duration_accuracy": pytest.approx((n - 1) / n), "exact_windows": 0.0}
+    assert d == {"note_f1": 1.0, "duration_accuracy": pytest.approx((n - 1) / n), "exact_windows": 0.0, "repeats": 0.0}
 
 
 def test_a_missing_and_an_extra_note(codec, original):
@@ -232,7 +232,7 @@ def test_nothing_decoded(codec, original):
     window, n = original
     [a] = codec.encode([window])
     assert fidelity(codec, [a.tolist()], [[BOS, EOS]]) == {
-        "note_f1": 0.0, "duration_accuracy": 0.0, "exact_windows": 0.0}
+        "note_f1": 0.0, "duration_accuracy": 0.0, "exact_windows": 0.0, "repeats": 0.0}
 
 
 def test_fidelity_weighs_notes_not_windows(codec, original):
