@@ -11,13 +11,13 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import torch
-from symusic import Score
+from symusic import Note, Score, Track
 from torch import Tensor
 
 from mtxlib.config import PAD
 from mtxlib.model.losses import kl_per_dim, reconstruction
 from mtxlib.music.metrics import in_key
-from mtxlib.music.score import SIXTEENTH, bar_lines, note_f1, roll, score_of, voices_of
+from mtxlib.music.score import SIXTEENTH, STEPS, TPQ, VELOCITY, bar_lines, note_f1, roll, voices_of
 
 COSTED = 10  # pairs whose crossfades are measured in nats: they have thrice the tokens, and differ from slerp tenfold
 
@@ -82,6 +82,24 @@ def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = (np.packbits(x, axis=-1).view(np.uint64) for x in (a, b))  # sets of pitches, as bits
     both, either = (np.bitwise_count(x).sum(-1) for x in (a & b, a | b))
     return 1 - (both + (either == 0)) / either.clip(1)
+
+
+def score_of(sounds: np.ndarray, begins: np.ndarray, voices: list[int]) -> Score:
+    """The notes of a piano roll (see `roll`); one that sounds without having begun begins where it is first heard."""
+    before = np.pad(sounds, ((0, 0), (1, 1), (0, 0)))
+    now, before = before[:, 1:], before[:, :-1]
+    begins = now & (np.pad(begins, ((0, 0), (0, 1), (0, 0))) | ~before)
+    ends = before & (begins | ~now)
+    voice, pitch, start = np.nonzero(begins.transpose(0, 2, 1))
+    length = np.nonzero(ends.transpose(0, 2, 1))[2] - start
+    score, tick = Score(TPQ), TPQ // STEPS
+    for i, program in enumerate(voices):
+        own = np.flatnonzero(voice == i)
+        own = own[np.argsort(start[own], kind="stable")]
+        track = Track("Drums" if program < 0 else "", max(program, 0), program < 0)
+        track.notes = Note.from_numpy(start[own] * tick, length[own] * tick, pitch[own], np.full(len(own), VELOCITY))
+        score.tracks.append(track)
+    return score
 
 
 def crossfade(a: Score, b: Score, alphas: np.ndarray, draws: np.ndarray) -> list[Score]:

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 import symusic
-from symusic import Note, Score, Track
+from symusic import Score
 
 TPQ, GRID = 480, 120  # ticks a quarter, ticks a 16th
 VELOCITY, TEMPO = 80, 120.0  # TEMPO, quarters a minute, is MIDI's own where a file has none
@@ -192,24 +192,6 @@ def roll(score: Score, voices: list[int], steps: int) -> tuple[np.ndarray, np.nd
     sounds[voice[which], when, notes[which, 3]] = True
     begins[voice, notes[:, 1], notes[:, 3]] = True
     return sounds, begins
-
-
-def score_of(sounds: np.ndarray, begins: np.ndarray, voices: list[int]) -> Score:
-    """The notes of a piano roll (see `roll`); one that sounds without having begun begins where it is first heard."""
-    before = np.pad(sounds, ((0, 0), (1, 1), (0, 0)))
-    now, before = before[:, 1:], before[:, :-1]
-    begins = now & (np.pad(begins, ((0, 0), (0, 1), (0, 0))) | ~before)
-    ends = before & (begins | ~now)
-    voice, pitch, start = np.nonzero(begins.transpose(0, 2, 1))
-    length = np.nonzero(ends.transpose(0, 2, 1))[2] - start
-    score, tick = Score(TPQ), TPQ // STEPS
-    for i, program in enumerate(voices):
-        own = np.flatnonzero(voice == i)
-        own = own[np.argsort(start[own], kind="stable")]
-        track = Track("Drums" if program < 0 else "", max(program, 0), program < 0)
-        track.notes = Note.from_numpy(start[own] * tick, length[own] * tick, pitch[own], np.full(len(own), VELOCITY))
-        score.tracks.append(track)
-    return score
 
 
 def bar_lines(score: Score) -> np.ndarray:

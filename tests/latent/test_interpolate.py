@@ -54,6 +54,13 @@ def test_a_crossfade_keeps_chords_and_drums():
     assert {t.is_drum for t in between.tracks} == {True, False} and between.note_num() > a.note_num() / 2
 
 
+def test_rolls_are_notes_again_on_every_grid_and_with_drums():
+    score, voices = band(0), [0, 33, -1]
+    score.tracks[0].notes.extend([Note(1920 + 160 * i, 160, 72, 80) for i in range(3)])  # triplets
+    again = interpolate.score_of(*roll(score, voices, 24 * 8), voices)
+    assert notes(again) == notes(score) and len(notes(score)) == 3 * 4 + 4 + 4 + 3
+
+
 def test_the_ends_of_a_crossfade_are_the_windows_and_between_each_column_is_of_one(run, pieces):
     a, b = pairs_of(run, 1, "train")[0]
     steps = interpolate.steps_of(run, a, b)

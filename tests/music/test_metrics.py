@@ -15,7 +15,7 @@ from mtxlib.music.corpus import load_corpus
 from mtxlib.music.metrics import ATTRIBUTES, is_near_key, judge, parallels, similarity, undefined
 from mtxlib.music.normal import normalise
 from mtxlib.music.readers import read_score
-from mtxlib.music.score import SIGNATURES, bar_starts, key_of, note_f1, notes_of, roll, score_of
+from mtxlib.music.score import SIGNATURES, bar_starts, key_of, note_f1, notes_of
 
 VOICES = (52, 53, 54, 42)
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -253,14 +253,6 @@ def test_similarity_takes_bounded_memory():
         tracemalloc.stop()
     n_bars = 40 * 80
     assert most < 80e6 < n_bars**2 * 8, "less than one matrix of bars by bars"
-
-
-def test_rolls_are_notes_again_on_every_grid_and_with_drums():
-    score = drummed(hands((60, 64), (60, 67), length=6))
-    score.tracks[0].notes.extend([Note(1440 + 160 * i, 160, 72, 80) for i in range(3)])  # triplets
-    voices = [0, -1]
-    again = score_of(*roll(score, voices, 24 * 8), voices)
-    assert notes_of(again).tolist() == notes_of(score).tolist() and len(notes_of(score)) == 7 + 3
 
 
 # -- outside checks ----------------------------------------------------------------------------------------------------
