@@ -6,7 +6,7 @@ Notes are cut here, at bars and beats: music21, imported only where it is used, 
 """
 
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
@@ -20,6 +20,7 @@ from mtxlib.music.score import VOICES, bar_starts
 QUARTER = 24  # positions
 STEPS = (6, 8, 3, 4)  # 16ths, triplets of 8ths, 32nds, triplets of 16ths, the coarser first
 TRIPLETS = (8, 4)
+CELLS = {unit: max(1, min(QUARTER, 4 * QUARTER // unit)) for unit in (2 ** i for i in range(8))}  # positions in a beat
 VALUES = (1, 2, 3, 6, 9, 12, 18, 24, 36, 48, 72, 96, 144)  # what one head or rest can last, outside triplets
 KIT = {drum: place for place, drums in {  # where General MIDI's drums stand on the staff
     "F4": (35, 36), "G4": (41,), "A4": (43,), "B4": (45,), "C5": (37, 38, 39, 40), "D5": (47,), "E5": (48, 50),
@@ -32,23 +33,16 @@ def short(name: str) -> str:
     return name if len(name) <= NAME else name[:NAME - 1] + "…"
 
 
-def _is_choral(score) -> bool:
-    """Programs of four voices, and no track with another name. Program 42 alone is a cello."""
-    programs = [t.program for t in score.tracks]
-    return ({42} != set(programs) <= set(VOICES) and len(set(programs)) == len(programs)
-            and all(t.name in ("", VOICES[t.program]) for t in score.tracks))
-
-
 def named_voices(*scores) -> list[list[tuple[str, int, symusic.Track]]]:
-    """For each score (name, place, track) of every track that has notes, in the order of the places.
-
-    Name and place, which chooses the colour, are the same in all these scores, whatever rests in one of them or has no
-    name there: a track is known by its program. The first score with a track decides; choral voices stand from the top.
-    """
+    """For each score (name, place, track) of every track with notes, in the order of the places; the place chooses the
+    colour. A track is known by its program in all these scores, whatever rests in one of them or has no name there: the
+    first score with it decides. Choral voices stand from the top."""
     names, found = {}, []  # names: in the order of the places
     for score in scores:
         seen, voices = Counter(), []
-        if _is_choral(score):
+        programs = [t.program for t in score.tracks]
+        if ({42} != set(programs) <= set(VOICES) and len(set(programs)) == len(programs)  # 42 alone is a cello
+                and all(t.name in ("", VOICES[t.program]) for t in score.tracks)):
             names |= {(program, False, 0): names.get((program, False, 0)) or name for program, name in VOICES.items()}
         for track in score.tracks:
             kind = track.program, track.is_drum
@@ -71,11 +65,6 @@ def bars_of(score) -> list[tuple[int, int, tuple[int, int]]]:
     return [(start, end, metres[max(t for t in metres if t <= start)]) for start, end in pairwise(lines)]
 
 
-def _cell(metre: tuple[int, int]) -> int:
-    """Positions in a beat for the choice of STEPS: a quarter, but an eighth in metres of eighths."""
-    return max(1, min(QUARTER, 4 * QUARTER // metre[1]))
-
-
 def _placed(notes, cells, picture) -> tuple[list[tuple[int, int, int]], set[int]]:
     """Notes as (start, end, pitch) where they can be written in the beats, (start, end) each, and the starts of those
     in triplets. The onsets choose the step, and then, but not in a picture, the ends."""
@@ -96,21 +85,16 @@ def _nearest(time, step):
     return (2 * time + step) // (2 * step) * step
 
 
-def _one_line(notes) -> list[tuple[int, int, int]]:
-    """What starts together ends together, where the next begins at the latest."""
-    ends = {}
-    for start, end, _ in notes:
-        ends[start] = max(end, ends.get(start, 0))
-    following = dict(pairwise(sorted(ends)))
-    return [(start, min(ends[start], following.get(start, ends[start])), pitch) for start, _, pitch in notes]
-
-
-def _lines(notes, triplets) -> list[tuple[set[int], list[tuple[int, int, list[int]]]]]:
+def _lines(notes, triplets, single) -> list[tuple[set[int], list[tuple[int, int, list[int]]]]]:
     """(triplets, chords as (start, end, pitches)) of each line: equal spans form a chord, overlapping ones go to a
-    further line."""
-    chords, lines = {}, []
+    further line. In a `single` line what starts together ends together, where the next begins at the latest."""
+    if single:
+        ends = {start: end for start, end, _ in sorted(notes)}
+        following = dict(pairwise(ends))
+        notes = [(start, min(ends[start], following.get(start, ends[start])), pitch) for start, _, pitch in notes]
+    chords, lines = defaultdict(set), []
     for start, end, pitch in notes:
-        chords.setdefault((start, end), set()).add(pitch)
+        chords[start, end].add(pitch)
     for (start, end), pitches in sorted(chords.items(), key=lambda c: (c[0][0], -max(c[1]))):
         line = next((x for x in lines if x[-1][1] <= start), [])
         if not line:
@@ -119,34 +103,28 @@ def _lines(notes, triplets) -> list[tuple[set[int], list[tuple[int, int, list[in
     return [(triplets, line) for line in lines]
 
 
-def _hands(notes) -> list[list]:
-    """Two hands, split at middle C, where notes overlap and no clef holds them with two ledger lines."""
-    ordered, pitches = sorted(notes), [pitch for *_, pitch in notes]
-    if min(pitches) >= 55 or max(pitches) <= 65 or all(a[1] <= b[0] for a, b in pairwise(ordered)):
-        return [notes]
-    return [[n for n in notes if n[2] >= 60], [n for n in notes if n[2] < 60]]
-
-
 def _staves(track, cells, picture) -> list[list]:
-    """The lines of each staff of a track; in a picture a hand is one line, and so is what would need three."""
-    notes, staves = [(n.start, n.end, n.pitch) for n in track.notes], []
+    """The lines of each staff of a track. In a picture it has two, split at middle C, where notes overlap and no clef
+    holds them with two ledger lines; a hand is one line there, and so is what would need three."""
+    notes = [(n.start, n.end, n.pitch) for n in track.notes]
     if track.is_drum:  # a hit has no length of its own: it lasts to the next one, or to the end of its beat
         placed, triplets = _placed(notes, cells, True)
         ends = [end for _, end in cells]
-        return [_lines(_one_line([(a, ends[bisect_right(ends, a)], pitch) for a, _, pitch in placed]), triplets)]
-    hands = _hands(notes) if picture else [notes]
-    for hand in hands:
+        return [_lines([(at, ends[bisect_right(ends, at)], drum) for at, _, drum in placed], triplets, True)]
+    pitches, overlap = [n.pitch for n in track.notes], any(a[1] > b[0] for a, b in pairwise(sorted(notes)))
+    two = picture and overlap and min(pitches) < 55 and max(pitches) > 65
+    staves = []
+    for hand in ([n for n in notes if n[2] >= 60], [n for n in notes if n[2] < 60]) if two else [notes]:
         placed, triplets = _placed(hand, cells, picture)
-        lines = _lines(placed, triplets)
-        crowded = picture and (len(hands) > 1 or len(lines) > 2)
-        staves.append(_lines(_one_line(placed), triplets) if crowded else lines)
+        lines = _lines(placed, triplets, two)
+        staves.append(_lines(placed, triplets, True) if picture and len(lines) > 2 else lines)
     return staves
 
 
 def _split(at: int, length: int, metre: tuple[int, int], triplets=()):
     """Lengths that make up a note or rest at this place of the bar, each one writable and fair to the beat; `triplets`:
     where in the bar the beats in triplets start."""
-    cell, compound = _cell(metre), metre[0] % 3 == 0 and metre[1] >= 8
+    cell, compound = CELLS[metre[1]], metre[0] % 3 == 0 and metre[1] >= 8
     beat = 3 * cell if compound else cell
     while length:
         begin, off = at - at % cell, at % beat
@@ -167,31 +145,43 @@ def _split(at: int, length: int, metre: tuple[int, int], triplets=()):
 
 def _spell(pitch: int, fifths: int) -> dict:
     """Step, accidental and octave of a MIDI pitch, as music21 takes them: the twelve names from two fifths below the
-    scale of the key to four above it. Given the key music21 finds, this names 99.8 % of the notes of chorales as
-    printed."""
+    scale of the key to four above it. This names 99.8 % of the notes of Bach's chorales as printed."""
     place = fifths - 2 + (7 * pitch - fifths + 2) % 12  # on the line of fifths, C = 0
     alter = (place + 1) // 7
     return {"step": "FCGDAEB"[(place + 1) % 7], "accidental": alter, "octave": (pitch - alter) // 12 - 1}
 
 
+def _element(pitches, fifths, drums):
+    """A rest, note or chord of MIDI pitches; drums stand at their places on the staff."""
+    from music21 import chord, note, percussion, pitch
+
+    if drums:
+        heads = [note.Unpitched(place) for place in dict.fromkeys(KIT.get(p, "D4") for p in pitches)]
+        for head in heads:
+            head.notehead = "x" if head.displayName in CYMBALS else "normal"
+    else:
+        heads = [note.Note(pitch.Pitch(**_spell(p, fifths))) for p in pitches]
+    if len(heads) > 1:
+        return percussion.PercussionChord(heads) if drums else chord.Chord(heads)
+    return heads[0] if heads else note.Rest()
+
+
 def _fill(line, bar, fifths, drums):
     """What a line has in this bar, as music21 elements in order: notes, cut and tied where needed, and rests."""
-    from music21 import note, tie
+    from music21 import tie
 
     triplets, chords = line
     (start, end, metre), at = bar, bar[0]
     triplets = {t - start for t in triplets if start <= t < end}
     for begin, stop, pitches in [*(c for c in chords if c[0] < end and c[1] > start), (end, end, [])]:
-        yield from (note.Rest(quarterLength=Fraction(x, QUARTER))
-                    for x in _split(at - start, max(begin, at) - at, metre, triplets))
-        at = max(begin, at)
-        for length in _split(at - start, min(stop, end) - at, metre, triplets):
-            element = _element(pitches, fifths, drums)
-            element.quarterLength = Fraction(length, QUARTER)
-            if begin < at or at + length < stop:
-                element.tie = tie.Tie("start" if at == begin else "stop" if at + length == stop else "continue")
-            yield element
-            at += length
+        for until, sounding in ((max(begin, at), []), (min(stop, end), pitches)):
+            for length in _split(at - start, until - at, metre, triplets):
+                element = _element(sounding, fifths, drums)
+                element.quarterLength = Fraction(length, QUARTER)
+                if sounding and (begin < at or at + length < stop):
+                    element.tie = tie.Tie("start" if at == begin else "stop" if at + length == stop else "continue")
+                yield element
+                at += length
 
 
 def _accidentals(measure, signature) -> None:
@@ -259,18 +249,18 @@ def _write_tempos(part, score, bars, picture) -> None:
     """Tempos above the staff; a picture leaves out those within 5 % of the one it showed last."""
     from music21 import tempo
 
-    measures, shown = list(part.getElementsByClass("Measure")), 0
-    for t in score.tempos:
-        if t.time < bars[-1][1] and not (picture and abs(t.qpm - shown) < 0.05 * shown):
-            i, shown = bisect_right(bars, t.time, key=lambda bar: bar[0]) - 1, t.qpm
-            mark = tempo.MetronomeMark(number=round(shown) if picture else round(shown, 3))
-            measures[i].insert(Fraction(t.time - bars[i][0], QUARTER), mark)
+    shown = 0
+    for measure, (start, end, _) in zip(part.getElementsByClass("Measure"), bars, strict=True):
+        for t in score.tempos:
+            if start <= t.time < end and not (picture and abs(t.qpm - shown) < 0.05 * shown):
+                shown = t.qpm
+                mark = tempo.MetronomeMark(number=round(shown) if picture else round(shown, 3))
+                measure.insert(Fraction(t.time - start, QUARTER), mark)
 
 
 def musicxml(score, picture: bool = False) -> str:
-    """The score as MusicXML, a part a track with all lengths, key signature and spelling guessed; four single voices go
-    on two staves. `picture`: for the eye; a pianist's track stands on two staves, and each hand's notes end at its next
-    onset."""
+    """The score as MusicXML, a part a track, key signature and spelling guessed; four single voices go on two staves.
+    `picture`: for the eye, see `_staves`."""
     from music21 import instrument, layout, note, stream
     from music21.musicxml.m21ToXml import ScoreExporter
 
@@ -280,7 +270,8 @@ def musicxml(score, picture: bool = False) -> str:
         found = stream.Stream([note.Note(n.pitch, quarterLength=n.duration / QUARTER) for n in pitched]).analyze("key")
         fifths = (found.sharps + 5) % 12 - 5
     bars = bars_of(score)
-    cells = [(at, min(at + _cell(metre), end)) for start, end, metre in bars for at in range(start, end, _cell(metre))]
+    cells = [(at, min(at + CELLS[unit], end))
+             for start, end, (_, unit) in bars for at in range(start, end, CELLS[unit])]
     voices = [(name, track, _staves(track, cells, picture)) for name, _, track in named_voices(score)[0]]
     paired = len(voices) == 4 and all(len(s) == 1 == len(s[0]) and not track.is_drum for _, track, s in voices)
     if paired:
