@@ -6,10 +6,9 @@ Notes are cut here, at bars and beats: music21, imported only where it is used, 
 """
 
 from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import defaultdict
 from fractions import Fraction
-from functools import cache
-from itertools import pairwise
+from itertools import count, pairwise
 from xml.etree import ElementTree
 
 import numpy as np
@@ -20,7 +19,6 @@ from mtxlib.music.score import VOICES, bar_starts
 QUARTER = 24  # positions
 STEPS = (6, 8, 3, 4)  # 16ths, triplets of 8ths, 32nds, triplets of 16ths, the coarser first
 TRIPLETS = (8, 4)
-CELLS = {unit: max(1, min(QUARTER, 4 * QUARTER // unit)) for unit in (2 ** i for i in range(8))}  # positions in a beat
 VALUES = (1, 2, 3, 6, 9, 12, 18, 24, 36, 48, 72, 96, 144)  # what one head or rest can last, outside triplets
 KIT = {drum: place for place, drums in {  # where General MIDI's drums stand on the staff
     "F4": (35, 36), "G4": (41,), "A4": (43,), "B4": (45,), "C5": (37, 38, 39, 40), "D5": (47,), "E5": (48, 50),
@@ -39,15 +37,13 @@ def named_voices(*scores) -> list[list[tuple[str, int, symusic.Track]]]:
     first score with it decides. Choral voices stand from the top."""
     names, found = {}, []  # names: in the order of the places
     for score in scores:
-        seen, voices = Counter(), []
-        programs = [t.program for t in score.tracks]
+        programs, seen, voices = [t.program for t in score.tracks], defaultdict(count), []
         if ({42} != set(programs) <= set(VOICES) and len(set(programs)) == len(programs)  # 42 alone is a cello
                 and all(t.name in ("", VOICES[t.program]) for t in score.tracks)):
             names |= {(program, False, 0): names.get((program, False, 0)) or name for program, name in VOICES.items()}
         for track in score.tracks:
             kind = track.program, track.is_drum
-            key = (*kind, seen[kind])  # two tracks of one program are told apart by their order
-            seen[kind] += 1
+            key = (*kind, next(seen[kind]))  # two tracks of one program are told apart by their order
             names[key] = names.get(key) or track.name
             if track.notes:
                 voices.append((key, track))
@@ -63,6 +59,11 @@ def bars_of(score) -> list[tuple[int, int, tuple[int, int]]]:
     metres = {0: (4, 4)} | {t.time: (t.numerator, t.denominator) for t in score.time_signatures}
     lines = bar_starts(score, max(1, score.end()))
     return [(start, end, metres[max(t for t in metres if t <= start)]) for start, end in pairwise(lines)]
+
+
+def _cell(metre: tuple[int, int]) -> int:
+    """Positions in a beat: a quarter, but an eighth in metres of eighths."""
+    return max(1, min(QUARTER, 4 * QUARTER // metre[1]))
 
 
 def _placed(notes, cells, picture) -> tuple[list[tuple[int, int, int]], set[int]]:
@@ -124,7 +125,7 @@ def _staves(track, cells, picture) -> list[list]:
 def _split(at: int, length: int, metre: tuple[int, int], triplets=()):
     """Lengths that make up a note or rest at this place of the bar, each one writable and fair to the beat; `triplets`:
     where in the bar the beats in triplets start."""
-    cell, compound = CELLS[metre[1]], metre[0] % 3 == 0 and metre[1] >= 8
+    cell, compound = _cell(metre), metre[0] % 3 == 0 and metre[1] >= 8
     beat = 3 * cell if compound else cell
     while length:
         begin, off = at - at % cell, at % beat
@@ -197,20 +198,6 @@ def _accidentals(measure, signature) -> None:
                 seen[p.step, p.octave] = p.alter
 
 
-def _element(pitches, fifths, drums):
-    """Note or chord of MIDI pitches; of drums, at their places on the staff."""
-    from music21 import chord, note, percussion, pitch
-
-    if drums:
-        heads = [note.Unpitched(place) for place in dict.fromkeys(KIT.get(p, "D4") for p in pitches)]
-        for head in heads:
-            head.notehead = "x" if head.displayName in CYMBALS else "normal"
-    else:
-        heads = [note.Note(pitch.Pitch(**_spell(p, fifths))) for p in pitches]
-    together = percussion.PercussionChord if drums else chord.Chord
-    return together(heads) if len(heads) > 1 else heads[0]
-
-
 def _part(lines, bars, fifths, drums, paired):
     """One staff as a music21 part, bar by bar; `paired`: two voices of a choir, stems up and down."""
     from music21 import clef, key, meter, stream
@@ -270,8 +257,7 @@ def musicxml(score, picture: bool = False) -> str:
         found = stream.Stream([note.Note(n.pitch, quarterLength=n.duration / QUARTER) for n in pitched]).analyze("key")
         fifths = (found.sharps + 5) % 12 - 5
     bars = bars_of(score)
-    cells = [(at, min(at + CELLS[unit], end))
-             for start, end, (_, unit) in bars for at in range(start, end, CELLS[unit])]
+    cells = [(at, min(at + _cell(metre), end)) for start, end, metre in bars for at in range(start, end, _cell(metre))]
     voices = [(name, track, _staves(track, cells, picture)) for name, _, track in named_voices(score)[0]]
     paired = len(voices) == 4 and all(len(s) == 1 == len(s[0]) and not track.is_drum for _, track, s in voices)
     if paired:
@@ -296,29 +282,23 @@ def musicxml(score, picture: bool = False) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-@cache
-def _engraver():
-    import verovio
-
-    verovio.enableLog(verovio.LOG_ERROR)
-    toolkit = verovio.toolkit()
-    toolkit.setOptions({
-        "header": "none", "footer": "none", "scale": 45, "pageWidth": 2100, "pageHeight": 60000, "pageMarginTop": 20,
-        "adjustPageHeight": True, "spacingStaff": 14, "staffLineWidth": 0.2, "xmlIdChecksum": True,
-        "svgCss": "svg {background: white}",  # also in a dark notebook
-    })
-    return toolkit
-
-
 def notation(score, bars: int | None = None) -> str:
     """The score, or its first `bars`, as one SVG image 945 pixels wide: two staves for four voices, two for a pianist,
     else one staff a track.
 
     The page ends after 27,000 pixels, some 500 bars of a chorale: cut longer music into pieces.
     """
+    import verovio
+
     score = score.clip(0, bars_of(score)[:bars][-1][1], clip_end=True) if bars else score
-    engraver, longest = _engraver(), max((len(short(t.name)) for t in score.tracks), default=0)
-    engraver.setOptions({"pageMarginLeft": 20 + 4 * longest})  # fonts are wider than the engraver believes
+    longest = max((len(short(t.name)) for t in score.tracks), default=0)
+    verovio.enableLog(verovio.LOG_ERROR)
+    engraver = verovio.toolkit()
+    engraver.setOptions({
+        "header": "none", "footer": "none", "scale": 45, "pageWidth": 2100, "pageHeight": 60000, "pageMarginTop": 20,
+        "pageMarginLeft": 20 + 4 * longest,  # fonts are wider than the engraver believes
+        "adjustPageHeight": True, "spacingStaff": 14, "staffLineWidth": 0.2, "xmlIdChecksum": True,
+        "svgCss": "svg {background: white}",  # also in a dark notebook
+    })
     engraver.loadData(musicxml(score, picture=True))
     return engraver.renderToSVG(1)
-
