@@ -80,9 +80,9 @@ def _draw(ax, score, voices, title, bars) -> dict[int, tuple]:
     ax.set_xticks(lines[::step], range(first, first + len(shown), step))
     ax.grid(which="both", color="0.85")
     ax.tick_params(axis="x", which="both", length=0)
-    spec = ax.get_subplotspec()
+    place = ax.get_subplotspec()  # None where a caller's axes are no subplot
     ax.set(xlim=(lines[0], shown[-1][1] / quarter), xlabel="bar",
-           ylabel="pitch" if spec is None or spec.is_first_col() else "")
+           ylabel="pitch" if place is None or place.is_first_col() else "")
     ax.set_title(title, loc="left")
     return entries
 
@@ -91,8 +91,8 @@ def _pitch_axis(ax, scores, known=()) -> tuple[int, int]:
     """Make room for the pitches of these scores and those `known`, above the band of the drums if there are any, and
     name them; return the lowest and the highest."""
     tracks = [t for score in scores for t in score.tracks if t.notes]
-    pitches = [n.pitch for t in tracks if not t.is_drum for n in t.notes] or [48, 72]
-    low, high = min(*pitches, *known), max(*pitches, *known)
+    pitches = [*known, *(n.pitch for t in tracks if not t.is_drum for n in t.notes)] or [48, 72]
+    low, high = min(pitches), max(pitches)
     named = {0: "C", 4: "E", 7: "G"} if high - low <= 40 else {0: "C"}
     ticks = [p for p in range(low - 2, high + 3) if p % 12 in named]
     ax.set_yticks(ticks, [f"{named[p % 12]}{p // 12 - 1}" for p in ticks])

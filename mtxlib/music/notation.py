@@ -251,11 +251,10 @@ def musicxml(score, picture: bool = False) -> str:
     from music21 import instrument, layout, note, stream
     from music21.musicxml.m21ToXml import ScoreExporter
 
-    score, fifths, whole = score.resample(QUARTER, 1), 0, stream.Score()
-    pitched = [n for t in score.tracks if not t.is_drum for n in t.notes]
-    if pitched:
-        found = stream.Stream([note.Note(n.pitch, quarterLength=n.duration / QUARTER) for n in pitched]).analyze("key")
-        fifths = (found.sharps + 5) % 12 - 5
+    score, whole = score.resample(QUARTER, 1), stream.Score()
+    pitched = stream.Stream([note.Note(n.pitch, quarterLength=n.duration / QUARTER)
+                             for t in score.tracks if not t.is_drum for n in t.notes])
+    fifths = (pitched.analyze("key").sharps + 5) % 12 - 5 if len(pitched) else 0
     bars = bars_of(score)
     cells = [(at, min(at + _cell(metre), end)) for start, end, metre in bars for at in range(start, end, _cell(metre))]
     voices = [(name, track, _staves(track, cells, picture)) for name, _, track in named_voices(score)[0]]
