@@ -111,12 +111,9 @@ def _legend(owner, entries: dict, height: float, **where) -> None:
 
 
 def piano_roll(score, ax=None, title: str = "", bars: int | tuple[int, int] | None = None) -> plt.Axes:
-    """One rectangle a note, one colour a voice; time in bars counted from 1, pitch by name (C4 is middle C). Drums are
-    crosses in a band below the pitches, a row for each drum.
-
-    bars: how many bars to show from the start, or (first, last), both included; None shows all. Raises ValueError if
-    the score has no such bar.
-    """
+    """One rectangle a note, one colour a voice; pitch by name (C4 is middle C); drums are crosses in a band below, a row
+    for each drum. `bars`: how many from the start, or (first, last), counted from 1, both included. ValueError if the
+    score has no such bar."""
     ax = ax or plt.subplots(figsize=(10, 3.6))[1]
     entries = _draw(ax, score, named_voices(score)[0], title, bars)
     _pitch_axis(ax, [score])
@@ -183,7 +180,7 @@ def waveform(score) -> tuple[np.ndarray, int]:
         score.tracks = tracks[i:i + CHANNELS]
         with wave.open(io.BytesIO(midirenderer.render_wave_from(_soundfont(), score.dumps_midi()))) as file:
             stereo = np.frombuffer(file.readframes(file.getnframes()), np.int16).reshape(-1, 2)
-        sound = sound + np.convolve(stereo.sum(1, dtype=np.float32), HALF_BAND, "same")[::2]
+        sound = sound + np.convolve(stereo[:, 0].astype(np.float32) + stereo[:, 1], HALF_BAND, "same")[::2]
     sound[-int(TAIL * RATE):] *= np.linspace(1, 0, int(TAIL * RATE))
     size = np.abs(sound)
     level = np.sqrt(np.mean(size[size >= size.max() / 100] ** 2))
@@ -223,10 +220,8 @@ img {{display: block; max-width: 100%; margin-top: .5rem; background: white; bor
 
 def page(path: str | Path, title: str, intro: str, sections: dict[str, list[tuple[str, symusic.Score]]]) -> None:
     """Write one HTML file that needs no kernel and no network: for each (caption, score) of each section a player, the
-    piano roll, the notation and a link that saves its MIDI, all inside the file. Atomic.
-
-    Only the first NOTATED bars of a score are notated: they take 20 KB each.
-    """
+    piano roll, the notation of the first NOTATED bars (20 KB each) and a link that saves its MIDI, all inside the file.
+    Atomic."""
     body = []
     for heading, items in sections.items():
         body.append(f"<h2>{escape(heading)}</h2>")

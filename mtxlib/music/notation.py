@@ -232,23 +232,10 @@ def _part(lines, bars, fifths, drums, paired):
     return part.makeBeams(setStemDirections=False)
 
 
-def _write_tempos(part, score, bars, picture) -> None:
-    """Tempos above the staff; a picture leaves out those within 5 % of the one it showed last."""
-    from music21 import tempo
-
-    shown = 0
-    for measure, (start, end, _) in zip(part.getElementsByClass("Measure"), bars, strict=True):
-        for t in score.tempos:
-            if start <= t.time < end and not (picture and abs(t.qpm - shown) < 0.05 * shown):
-                shown = t.qpm
-                mark = tempo.MetronomeMark(number=round(shown) if picture else round(shown, 3))
-                measure.insert(Fraction(t.time - start, QUARTER), mark)
-
-
 def musicxml(score, picture: bool = False) -> str:
     """The score as MusicXML, a part a track, key signature and spelling guessed; four single voices go on two staves.
     `picture`: for the eye, see `_staves`."""
-    from music21 import instrument, layout, note, stream
+    from music21 import instrument, layout, note, stream, tempo
     from music21.musicxml.m21ToXml import ScoreExporter
 
     score, whole = score.resample(QUARTER, 1), stream.Score()
@@ -274,7 +261,13 @@ def musicxml(score, picture: bool = False) -> str:
                 player.midiProgram, player.midiChannel = track.program, 9 if is_drum else None
         if braced:
             whole.insert(0, layout.StaffGroup(parts, name=short(name), symbol="brace", barTogether=True))
-    _write_tempos(whole.parts[0], score, bars, picture)
+    shown = 0  # a picture leaves out tempos within 5 % of the one it showed last
+    for measure, (start, end, _) in zip(whole.parts[0].getElementsByClass("Measure"), bars, strict=True):
+        for t in score.tempos:
+            if start <= t.time < end and not (picture and abs(t.qpm - shown) < 0.05 * shown):
+                shown = t.qpm
+                mark = tempo.MetronomeMark(number=round(shown) if picture else round(shown, 3))
+                measure.insert(Fraction(t.time - start, QUARTER), mark)
     root = ScoreExporter(whole, makeNotation=False).parse()
     for tag in ("movement-title", "identification"):  # music21's placeholders
         root.remove(root.find(tag))
