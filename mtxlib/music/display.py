@@ -111,9 +111,9 @@ def _legend(owner, entries: dict, height: float, **where) -> None:
 
 
 def piano_roll(score, ax=None, title: str = "", bars: int | tuple[int, int] | None = None) -> plt.Axes:
-    """One rectangle a note, one colour a voice; pitch by name (C4 is middle C); drums are crosses in a band below, a row
-    for each drum. `bars`: how many from the start, or (first, last), counted from 1, both included. ValueError if the
-    score has no such bar."""
+    """One rectangle a note, one colour a voice; pitch by name (C4 is middle C); drums are crosses in a band below, a
+    row for each drum. `bars`: how many from the start, or (first, last), counted from 1, both included. ValueError if
+    the score has no such bar."""
     ax = ax or plt.subplots(figsize=(10, 3.6))[1]
     entries = _draw(ax, score, named_voices(score)[0], title, bars)
     _pitch_axis(ax, [score])
