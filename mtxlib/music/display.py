@@ -1,9 +1,8 @@
-"""A score seen and heard: piano roll, sound, and the page of samples, all offline.
+"""A score seen and heard: piano roll, sound, and the page of samples, all offline. No function changes its score.
 
-Every function takes a `symusic.Score` in ticks and leaves it as it was. What is unusual:
-- A track is known by its program (`named_voices`), so it keeps name, colour and order however the tracks are sorted.
-- Sound comes from `midirenderer`: symusic's synthesizer plays most programs out of tune, by up to two octaves (its
-  issue 55), and hangs or crashes on some.
+A track is known by its program (`named_voices`), so it keeps name, colour and order however the tracks are sorted.
+Sound comes from `midirenderer`, always at 48 kHz: symusic's synthesizer plays most programs out of tune, by up to two
+octaves (its issue 55), and hangs or crashes on some.
 """
 
 import base64
@@ -15,7 +14,6 @@ from collections import ChainMap
 from functools import cache
 from html import escape
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import midirenderer
@@ -23,7 +21,7 @@ import numpy as np
 import seaborn as sns
 import symusic
 from IPython import get_ipython
-from IPython.display import SVG, Audio
+from IPython.display import HTML, SVG
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from mtxlib.files import atomic
@@ -54,29 +52,27 @@ def voice_colours(n: int) -> list[tuple[float, float, float]]:
     return COLOURS[:n]
 
 
-def _draw(ax, score, voices, title, bars=None) -> tuple[int, int, dict[int, tuple]]:
-    """Draw the notes and the bars; return the lowest and the highest pitch, and (handle, name) for the legend by
-    place. Drums are crosses in the band below the pitches, a row for each drum."""
-    grid, quarter, pitches, entries = bars_of(score), score.tpq, [], {}
+def _draw(ax, score, voices, title, bars) -> dict[int, tuple]:
+    """Draw the notes and the bars; return (handle, name) for the legend by place."""
+    grid, quarter, entries = bars_of(score), score.tpq, {}
     first, last = bars if isinstance(bars, tuple) else (1, bars or len(grid))
     shown = grid[first - 1:last]
     if first < 1 or not shown:
         raise ValueError(f"bars: expected bars between 1 and {len(grid)}, got {bars}")
     for name, place, track in voices:
         notes = [n for n in track.notes if n.start < shown[-1][1] and n.end > shown[0][0]]
+        times, pitches = [n.start / quarter for n in notes], [n.pitch for n in notes]
         if notes and track.is_drum:
-            rows = sorted({n.pitch for n in notes})
+            rows = sorted(set(pitches))
             ax.fill_between([0, 1], 0, BAND, color="0.94", linewidth=0, zorder=0, transform=ax.transAxes)
-            heights = [BAND * (rows.index(n.pitch) + 0.5) / len(rows) for n in notes]
-            handle, = ax.plot([n.start / quarter for n in notes], heights, "x", ms=3, color=COLOURS[place],
-                              transform=ax.get_xaxis_transform())
-            entries[place] = handle, short(name)
+            handle, = ax.plot(times, [BAND * (rows.index(p) + 0.5) / len(rows) for p in pitches], "x", ms=3,
+                              color=COLOURS[place], transform=ax.get_xaxis_transform())
         elif notes:
             widths = [n.duration / quarter - min(GAP, n.duration / quarter / 4) for n in notes]
-            handle = ax.barh([n.pitch for n in notes], widths, left=[n.start / quarter for n in notes], height=0.8,
-                             color=COLOURS[place], alpha=0.85, linewidth=0, zorder=2)
+            handle = ax.barh(pitches, widths, left=times, height=0.8, color=COLOURS[place], alpha=0.85, linewidth=0,
+                             zorder=2)
+        if notes:
             entries[place] = handle, short(name)
-            pitches += [n.pitch for n in notes]
     if not entries:
         ax.text(0.5, 0.5, "no notes", transform=ax.transAxes, ha="center", va="center")
     lines, step = [bar[0] / quarter for bar in shown], -(-len(shown) // 16)
@@ -84,21 +80,25 @@ def _draw(ax, score, voices, title, bars=None) -> tuple[int, int, dict[int, tupl
     ax.set_xticks(lines[::step], range(first, first + len(shown), step))
     ax.grid(which="both", color="0.85")
     ax.tick_params(axis="x", which="both", length=0)
-    ax.set(xlim=(lines[0], shown[-1][1] / quarter), xlabel="bar", ylabel="pitch")
+    place = ax.get_subplotspec()  # None where a caller's axes are no subplot
+    ax.set(xlim=(lines[0], shown[-1][1] / quarter), xlabel="bar",
+           ylabel="pitch" if place is None or place.is_first_col() else "")
     ax.set_title(title, loc="left")
-    return min(pitches, default=48), max(pitches, default=72), entries
+    return entries
 
 
-def _pitch_axis(ax, low: int, high: int, drums: bool) -> None:
-    """Name the pitches from `low` to `high`, above the band of the drums if there are any."""
+def _pitch_axis(ax, scores, known=()) -> tuple[int, int]:
+    """Make room for the pitches of these scores and those `known`, above the band of the drums if there are any, and
+    name them; return the lowest and the highest."""
+    tracks = [t for score in scores for t in score.tracks if t.notes]
+    pitches = [*known, *(n.pitch for t in tracks if not t.is_drum for n in t.notes)] or [48, 72]
+    low, high = min(pitches), max(pitches)
     named = {0: "C", 4: "E", 7: "G"} if high - low <= 40 else {0: "C"}
     ticks = [p for p in range(low - 2, high + 3) if p % 12 in named]
     ax.set_yticks(ticks, [f"{named[p % 12]}{p // 12 - 1}" for p in ticks])
-    ax.set_ylim(low - 2.5 - drums * (high - low + 5) * BAND / (1 - BAND), high + 2.5)
-
-
-def _has_drums(*scores) -> bool:
-    return any(t.is_drum and t.notes for score in scores for t in score.tracks)
+    band = (high - low + 5) * BAND / (1 - BAND) if any(t.is_drum for t in tracks) else 0
+    ax.set_ylim(low - 2.5 - band, high + 2.5)
+    return low, high
 
 
 def _legend(owner, entries: dict, height: float, **where) -> None:
@@ -111,15 +111,12 @@ def _legend(owner, entries: dict, height: float, **where) -> None:
 
 
 def piano_roll(score, ax=None, title: str = "", bars: int | tuple[int, int] | None = None) -> plt.Axes:
-    """One rectangle a note, one colour a voice; time in bars counted from 1, pitch by name (C4 is middle C). Drums are
-    crosses in a band below the pitches, a row for each drum.
-
-    bars: how many bars to show from the start, or (first, last), both included; None shows all. Raises ValueError if
-    the score has no such bar.
-    """
+    """One rectangle a note, one colour a voice; pitch by name (C4 is middle C); drums are crosses in a band below, a
+    row for each drum. `bars`: how many from the start, or (first, last), counted from 1, both included. ValueError if
+    the score has no such bar."""
     ax = ax or plt.subplots(figsize=(10, 3.6))[1]
-    low, high, entries = _draw(ax, score, named_voices(score)[0], title, bars)
-    _pitch_axis(ax, low, high, _has_drums(score))
+    entries = _draw(ax, score, named_voices(score)[0], title, bars)
+    _pitch_axis(ax, [score])
     _legend(ax, entries, ax.figure.get_figheight(), loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
@@ -130,14 +127,10 @@ def piano_rolls(scores, titles, columns: int = 3, bars: int | None = None) -> pl
     columns = min(columns, len(scores))
     fig, axes = plt.subplots(-(-len(scores) // columns), columns, sharey=True, squeeze=False, layout="constrained")
     fig.set_size_inches(4.2 * columns + 1, 2.8 * len(axes))
-    pairs = zip(scores, named_voices(*scores), titles, strict=True)
-    drawn = [_draw(ax, *pair, bars) for ax, pair in zip(axes.flat, pairs, strict=False)]
-    lows, highs, entries = zip(*drawn, strict=True)
-    fig.rolls = SimpleNamespace(scores=list(scores), low=min(lows), high=max(highs))
-    _pitch_axis(axes[0, 0], fig.rolls.low, fig.rolls.high, _has_drums(*scores))
-    _legend(fig, dict(ChainMap(*entries)), fig.get_figheight(), loc="outside right upper")
-    for ax in axes[:, 1:].flat:
-        ax.set_ylabel("")
+    rolls = list(zip(scores, named_voices(*scores), titles, strict=True))
+    entries = ChainMap(*(_draw(ax, *roll, bars) for ax, roll in zip(axes.flat, rolls, strict=False)))
+    fig.scores, fig.pitches = list(scores), _pitch_axis(axes[0, 0], scores)
+    _legend(fig, entries, fig.get_figheight(), loc="outside right upper")
     for ax in axes.flat[len(scores):]:
         ax.set_axis_off()
     plt.close(fig)
@@ -150,13 +143,10 @@ def redraw(fig: plt.Figure, number: int, score, title: str, bars: int | None = N
     if fig.get_layout_engine():
         fig.draw_without_rendering()  # lays it out, once and for all
         fig.set_layout_engine("none")
-    ax, rolls = fig.axes[number], fig.rolls
-    label = ax.get_ylabel()
-    ax.clear()
-    lowest, highest, _ = _draw(ax, score, named_voices(*rolls.scores, score)[-1], title, bars)
-    ax.set_ylabel(label)
-    rolls.low, rolls.high = min(lowest, rolls.low), max(highest, rolls.high)
-    _pitch_axis(fig.axes[0], rolls.low, rolls.high, _has_drums(*rolls.scores, score))
+    scores = [*fig.scores, score]
+    fig.axes[number].clear()
+    _draw(fig.axes[number], score, named_voices(*scores)[-1], title, bars)
+    fig.pitches = _pitch_axis(fig.axes[0], scores, fig.pitches)
 
 
 def png(fig: plt.Figure, dpi: int = 130) -> bytes:
@@ -176,12 +166,9 @@ def _soundfont() -> bytes:
 
 
 def waveform(score) -> tuple[np.ndarray, int]:
-    """(samples, rate): the score as float32 mono, ending TAIL seconds after the last note: programs, drums, velocities,
-    tempo changes and pedals as the file has them.
-
-    All scores sound equally loud, LOUDNESS while something sounds, but no peak exceeds 0.9. A score without notes gives
-    a second of silence.
-    """
+    """(samples, rate): the score as float32 mono, ending TAIL seconds after the last note, with the file's programs,
+    drums, velocities, tempos and pedals; LOUDNESS while something sounds, unless a peak would exceed 0.9. A score
+    without notes gives a second of silence."""
     tracks = [t for t in score.tracks if t.notes]
     if not tracks:
         return np.zeros(RATE, np.float32), RATE
@@ -195,10 +182,9 @@ def waveform(score) -> tuple[np.ndarray, int]:
             stereo = np.frombuffer(file.readframes(file.getnframes()), np.int16).reshape(-1, 2)
         sound = sound + np.convolve(stereo[:, 0].astype(np.float32) + stereo[:, 1], HALF_BAND, "same")[::2]
     sound[-int(TAIL * RATE):] *= np.linspace(1, 0, int(TAIL * RATE))
-    peak = np.abs(sound).max()
-    sounding = sound[np.abs(sound) > peak / 100]
-    level = np.sqrt(np.mean(sounding ** 2)) if len(sounding) else 1
-    return (sound * min(LOUDNESS / level, 0.9 / max(peak, 1e-9))).astype(np.float32), RATE
+    size = np.abs(sound)
+    level = np.sqrt(np.mean(size[size >= size.max() / 100] ** 2))
+    return (sound * min(LOUDNESS / max(level, 1e-9), 0.9 / max(size.max(), 1e-9))).astype(np.float32), RATE
 
 
 def _ogg(samples: np.ndarray, rate: int) -> bytes:
@@ -217,30 +203,25 @@ def save(score, path: str | Path) -> None:
     atomic(path, (lambda p: p.write_text(musicxml(score))) if is_xml else score.dump_midi)
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>
 :root {{color-scheme: light dark}}
 body {{font: 16px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem}}
-h1, h2 {{font-weight: 600; line-height: 1.2}}
-h2 {{margin-top: 2.5rem; padding-top: 1rem; border-top: 1px solid #8884}}
 figure {{margin: 1.5rem 0 2rem}}
 figcaption {{display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: center}}
 figcaption b {{flex: 1 1 14rem}}
 audio {{height: 36px; width: 320px}}
 img {{display: block; max-width: 100%; margin-top: .5rem; background: white; border-radius: 4px}}
 @media (prefers-color-scheme: dark) {{img {{filter: invert(.88) hue-rotate(180deg)}}}}
-</style></head><body><h1>{title}</h1><p>{intro}</p>
-{body}</body></html>
+</style><h1>{title}</h1><p>{intro}</p>
+{body}</html>
 """
 
 
 def page(path: str | Path, title: str, intro: str, sections: dict[str, list[tuple[str, symusic.Score]]]) -> None:
     """Write one HTML file that needs no kernel and no network: for each (caption, score) of each section a player, the
-    piano roll, the notation and a link that saves its MIDI, all inside the file. Atomic.
-
-    Only the first NOTATED bars of a score are notated: they take 20 KB each.
-    """
+    piano roll, the notation of the first NOTATED bars (20 KB each) and a link that saves its MIDI, all inside the file.
+    Atomic."""
     body = []
     for heading, items in sections.items():
         body.append(f"<h2>{escape(heading)}</h2>")
@@ -266,11 +247,8 @@ def player(score, autoplay: bool = False) -> str:
     return f'<audio controls{" autoplay" * autoplay} src="{_uri("audio/ogg", _ogg(*waveform(score)))}"></audio>'
 
 
-def audio(score) -> Audio:
-    """A player with the sound inside the notebook."""
-    player = Audio(_ogg(*waveform(score)))
-    player.mimetype = "audio/ogg"
-    return player
+def audio(score) -> HTML:
+    return HTML(player(score))
 
 
 def show_notation(score) -> SVG:

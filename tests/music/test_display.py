@@ -222,7 +222,7 @@ def test_drums_sound():
 def test_ogg_decodes_to_the_same_length():
     samples, rate = display.waveform(chorale())
     player = display.audio(chorale())
-    decoded, decoded_rate = soundfile.read(io.BytesIO(player.data))
+    decoded, decoded_rate = soundfile.read(io.BytesIO(base64.b64decode(re.search('base64,([^"]*)"', player.data)[1])))
     assert (len(decoded), decoded_rate) == (len(samples), rate)
     assert np.corrcoef(decoded, samples)[0, 1] > 0.95
     assert "data:audio/ogg;base64," in player._repr_html_()
