@@ -162,6 +162,7 @@ class Stretches(NamedTuple):
 
     z: Tensor  # (B, 1 + T, C), the row before them in front
     logvar: Tensor  # (B, T, C), 0 beyond the end
+    is_there: Tensor  # (B, T)
     at: Tensor  # (B, T), the number of each row in its piece
     n_rows: Tensor  # (B,), and what else a prior is told of the pieces
     key: Tensor
@@ -172,10 +173,6 @@ class Stretches(NamedTuple):
         state = prior(self.z[:, :-1], self.at, self.n_rows, self.key, self.closes)
         return -prior.log_prob(self.z[:, 1:][self.is_there], state[self.is_there])
 
-    @property
-    def is_there(self) -> Tensor:
-        return self.at < self.n_rows[:, None]
-
 
 def stretches(lines: list[Line], rows_per_bar: int, generator: torch.Generator) -> Stretches:
     """One of each line, from a random bar on."""
@@ -183,10 +180,11 @@ def stretches(lines: list[Line], rows_per_bar: int, generator: torch.Generator) 
     for mu, logvar, *told in lines:
         later = max(0, len(mu) - CONTEXT) // rows_per_bar
         start = int(torch.randint(later + 1, (), generator=generator)) * rows_per_bar
+        at = torch.arange(start, start + CONTEXT)
         z = mu + torch.randn(mu.shape, generator=generator) * (0.5 * logvar).exp()
         parts.append((F.pad(z, (0, 0, 1, CONTEXT))[start:start + CONTEXT + 1],
                       F.pad(logvar, (0, 0, 0, CONTEXT))[start:start + CONTEXT],
-                      torch.arange(start, start + CONTEXT), *map(torch.tensor, (len(mu), *told))))
+                      at < len(mu), at, *map(torch.tensor, (len(mu), *told))))
     return Stretches(*(torch.stack(x) for x in zip(*parts, strict=True)))
 
 

@@ -112,17 +112,17 @@ class Trainer:
             out = self.forward(ids, *others)
         recon = self.of_all(losses.reconstruction(out.logits, ids[:, 1:], ids[:, 1:] == PAD))
         kl = self.of_all(losses.kl_per_dim(*out.posterior))                                      # (B, S, C)
-        beta, n_tokens = self.beta(self.step), (batch.ids[:, 1:] != PAD).sum(1)
-        target_rate = 0.0 if self.steers else self.rate(self.step)
-        if out.prior_nats is None:
-            return self.objective(recon, kl, beta, target_rate, n_tokens)
-        share = losses.normal_share(self.step, self.c.beta_warmup)
-        to_prior = self.of_all(out.prior_nats - losses.entropy(out.posterior.logvar))[..., None]  # (B, S, 1)
-        kl = share * kl.sum(-1, keepdim=True) + (1 - share) * to_prior
-        terms = self.objective(recon, kl, beta, target_rate, n_tokens)
-        # Through the KL the prior hears beta * (1 - share) of its own loss; it learns best from all of it.
-        rest = (1 - beta * (1 - share)) * self.of_all(out.prior_loss).sum(1).mean()
-        return terms._replace(loss=terms.loss + rest, kl=to_prior.mean(0).sum())
+        beta, share = self.beta(self.step), losses.normal_share(self.step, self.c.beta_warmup)
+        if self.model.prior is not None:
+            to_prior = self.of_all(out.prior_nats - losses.entropy(out.posterior.logvar))[..., None]
+            kl = share * kl.sum(-1, keepdim=True) + (1 - share) * to_prior                       # (B, S, 1)
+        terms = self.objective(recon, kl, beta, 0.0 if self.steers else self.rate(self.step),
+                               (batch.ids[:, 1:] != PAD).sum(1))
+        if self.model.prior is not None:
+            # Through the KL the prior hears beta * (1 - share) of its own loss; it learns best from all of it.
+            rest = (1 - beta * (1 - share)) * self.of_all(out.prior_loss).sum(1).mean()
+            terms = terms._replace(loss=terms.loss + rest, kl=to_prior.mean(0).sum())
+        return terms
 
     def objective(self, recon: torch.Tensor, kl: torch.Tensor, beta: float | torch.Tensor, target_rate: float,
                   n_tokens: torch.Tensor) -> losses.Terms:
@@ -293,11 +293,10 @@ class Trainer:
         start_again = "choose another run folder (mtx run --out …), or delete this one to start again"
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
+            optimizers = state["optimizers"]
         except Exception as e:  # whatever torch makes of a file that is none of its own
-            raise ValueError(f"{path}: expected a checkpoint of mtxlib.train, got something else "
+            raise ValueError(f"{path}: expected a checkpoint of this version of mtxlib.train, got something else "
                              f"({brief(e)}): {start_again}") from e
-        if not isinstance(state, dict) or "optimizers" not in state:
-            raise ValueError(f"{path} is no checkpoint of this version: {start_again}")
         ours, theirs = self.config.flat(), Config.from_dict(json.loads(state["config"])).flat()
         for k in ours:
             if ours[k] != theirs[k] and k not in ("steps", "threads", "wandb", "data_dir"):
@@ -305,7 +304,7 @@ class Trainer:
         if state["step"] > self.c.steps:
             raise ValueError(f"{path} is at step {state['step']}, beyond steps = {self.c.steps}: {start_again}")
         self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+        for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
             optimizer.load_state_dict(saved)
         if self.average:
             self.average.load_state_dict(state["average"])
@@ -395,7 +394,3 @@ def main() -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
