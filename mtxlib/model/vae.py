@@ -66,17 +66,24 @@ class Encoder(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Encoder states -> posterior; z -> memory. Each kind has
+    """Encoder states -> posterior; z -> memory. Each kind has a `pool`: h (B, T, D), slots, is_pad (B, T) -> a state a
+    row (B, S, D), is_live (B, S)."""
 
-    pool: h (B, T, D), slots, is_pad (B, T) -> one state a row (B, S, D), is_live (B, S);
-    row_of: slots (B, T), the index of the first of them in its window -> the row of each token (B, T);
-    n_rows: S of a window of so many tokens.
-    """
+    stride = 2**62  # tokens a row: all of a window
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head = nn.Linear(config.d_model, 2 * config.latent_channels)
         self.to_memory = nn.Linear(config.latent_channels, config.d_model) if config.condition != "in" else None
+
+    def row_of(self, slots: Tensor, start: int = 0) -> Tensor:
+        """The latent row of each token, (B, T); `start` is the index of the first of them in its window."""
+        index = torch.arange(start, start + slots.shape[1], device=slots.device)
+        return (index // self.stride).expand(slots.shape)
+
+    def n_rows(self, n_tokens: int) -> int:
+        """Latent rows of a window of so many tokens."""
+        return -(-n_tokens // self.stride)
 
     def live_rows(self, z: Tensor) -> Tensor:
         """Which rows (B, S) of a latent that was filled up with zero rows to a common S carry music."""
@@ -119,7 +126,7 @@ class Rows(Bottleneck):
         may_attend = row[:, None, :] == torch.arange(self.rows, device=h.device)[:, None]        # (B, S, T)
         may_attend = F.pad(may_attend, (1, 0), value=True)[:, None]                              # (B, 1, S, 1 + T)
         h = torch.cat([self.null.to(h.dtype).expand(B, 1, -1), h], dim=1)                        # (B, 1 + T, D)
-        k, v = (split_heads(x, self.n_heads) for x in self.kv(h).chunk(2, dim=-1))               # (B, H, 1 + T, D / H)
+        k, v = split_heads(self.kv(h), 2 * self.n_heads).chunk(2, dim=1)                         # (B, H, 1 + T, D / H)
         q = split_heads(self.query.to(k.dtype).expand(B, -1, -1), self.n_heads)                  # (B, H, S, D / H)
         pooled = self.norm(attend(q, k, v, may_attend))                                          # (B, S, D)
         return pooled, torch.ones(B, self.rows, dtype=torch.bool, device=h.device)
@@ -127,28 +134,19 @@ class Rows(Bottleneck):
 
 class Conv(Bottleneck):
     """Strided convolutions over time to a matrix and back: ceil(T / stride) rows, any length, no weight depends on it.
-    With stride 1 there are none: a row a token, the widest latent, an upper bound for all others.
-
-    Padding is zeroed before every convolution, so what lies beyond the last token looks like the edge.
-    """
+    With stride 1 there are none: a row a token, the widest latent, an upper bound for all others. Padding is zeroed
+    before every convolution, so what lies beyond the last token looks like the edge."""
 
     def __init__(self, config: ModelConfig, stride: int):
         super().__init__(config)
         self.stride, D = stride, config.d_model
-        halvings = int(math.log2(self.stride))
+        halvings = int(math.log2(stride))
         self.down = nn.ModuleList(nn.Conv1d(D, D, kernel_size=4, stride=2, padding=1) for _ in range(halvings))
         self.up = nn.ModuleList(nn.ConvTranspose1d(D, D, kernel_size=4, stride=2, padding=1)
                                 for _ in range(halvings if self.to_memory else 0))
 
-    def row_of(self, slots: Tensor, start: int = 0) -> Tensor:
-        index = torch.arange(start, start + slots.shape[1], device=slots.device)
-        return (index // self.stride).expand(slots.shape)
-
     def live_rows(self, z: Tensor) -> Tensor:
         return (z != 0).any(-1)
-
-    def n_rows(self, n_tokens: int) -> int:
-        return -(-n_tokens // self.stride)
 
     def pool(self, h: Tensor, slots: Tensor, is_pad: Tensor) -> tuple[Tensor, Tensor]:
         extra = -h.shape[1] % self.stride
@@ -176,12 +174,6 @@ class Linear1d(Bottleneck):
         self.narrow = nn.Linear(config.d_model, narrow)
         self.flat = nn.Linear(config.max_tokens * narrow, config.d_model)
 
-    def row_of(self, slots: Tensor, start: int = 0) -> Tensor:
-        return torch.zeros_like(slots)
-
-    def n_rows(self, n_tokens: int) -> int:
-        return 1
-
     def pool(self, h: Tensor, slots: Tensor, is_pad: Tensor) -> tuple[Tensor, Tensor]:
         if h.shape[1] > self.max_tokens and not is_pad[:, self.max_tokens:].all():
             raise ValueError(f"linear1d: expected at most max_tokens = {self.max_tokens} tokens, got {h.shape[1]}")
@@ -205,8 +197,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, n_slots: int):
         super().__init__()
         condition = "nothing" if config.bottleneck == "none" else config.condition
-        self.embedding = Embedding(vocab_size, n_slots, config.d_model)
         cross = condition in ("cross", "both")
+        self.embedding = Embedding(vocab_size, n_slots, config.d_model)
         self.blocks = nn.ModuleList(DecoderBlock(config.d_model, config.n_heads, config.dropout, cross)
                                     for _ in range(config.dec_layers))
         self.add_rows = nn.ModuleList(nn.Linear(2 * config.latent_channels, config.d_model, bias=False)
