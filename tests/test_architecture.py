@@ -14,7 +14,7 @@ ORDER = (  # a file imports only from those above it
     "files", "config", "processes",
     "music.score", "music.normal", "music.readers", "music.corpus", "music.metrics", "music.notation", "music.display",
     "data.store", "data.tokens",
-    "model.layers", "model.optim", "model.prior", "model.vae", "model.losses", "model.likelihood", "model.train",
+    "model.layers", "model.optim", "model.losses", "model.prior", "model.vae", "model.likelihood", "model.train",
     "train",
     "latent.decode", "latent.interpolate", "latent.compose", "latent.attributes", "latent.diagnose",
     "run",

@@ -1,10 +1,9 @@
 """Transformer layers; they know no music.
 
 Pre-norm blocks, rotary positions on queries and keys (Su 2021, RoFormer), PyTorch's scaled dot product attention, and
-a key-value cache for decoding. Nothing is masked by adding numbers: `may_attend` is a boolean
-tensor, True where a query may look at a key.
+a key-value cache for decoding. `may_attend` is boolean, True where a query may look at a key.
 
-Shapes: B batch, T queries, K keys, D width, H heads.
+Shapes: B batch, T queries, K keys, D width, H heads, E = D / H.
 """
 
 from contextlib import contextmanager
@@ -14,27 +13,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def rotation(start: int, end: int, channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, (T, E) each, by which `rotary` turns `channels` channels at the positions start … end - 1."""
+@contextmanager
+def without_onednn():
+    """Within it PyTorch uses its own kernels on a CPU: oneDNN's GELU of one token takes 40 microseconds, theirs one."""
+    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+def angles(length: int, channels: int, device: torch.device) -> Tensor:
+    """Of positions 0 … length - 1, for each pair of channels (Vaswani 2017), (length, channels / 2)."""
     half = channels // 2
-    freq = 10_000.0 ** (-torch.arange(half, device=like.device, dtype=torch.float32) / half)
-    angle = torch.arange(start, end, device=like.device, dtype=torch.float32)[:, None] * freq
-    cos, sin = angle.cos().to(like.dtype), angle.sin().to(like.dtype)
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    return torch.arange(length, device=device)[:, None] * 10_000.0 ** (-torch.arange(half, device=device) / half)
 
 
-def rotary(x: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair of channels of x (B, H, T, E) by an angle that grows with its position, `by` a `rotation`."""
-    cos, sin = by
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+def rotary(x: Tensor) -> Tensor:
+    """Turn each pair of channels i, i + E / 2 of x (B, H, T, E) by the angle of its position."""
+    angle = angles(x.shape[2], x.shape[3], x.device)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    return torch.addcmul(x * torch.cat([cos, cos], -1), x.roll(x.shape[3] // 2, -1), torch.cat([-sin, sin], -1))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor | None = None, causal: bool = False,
            dropout: float = 0.0) -> Tensor:
     """softmax(q k' / sqrt(E)) v of q (B, H, T, E), k and v (B, H, K, E) -> (B, T, H * E).
 
-    PyTorch's fused kernel, except in bf16 on a CPU, where torch 2.13's is four to eight times slower than three plain
-    operations.
+    PyTorch's fused kernel, except in bf16 on a CPU, where torch 2.13's is four to eight times slower than products.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not dropout:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -58,7 +64,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, may_attend: Tensor | None = None, causal: bool = False) -> Tensor:
         """x (B, T, D) -> (B, T, D). `may_attend` (B, 1, 1 or T, K)."""
         qk, v = split_heads(self.qkv(x), 3 * self.n_heads).split((2 * self.n_heads, self.n_heads), dim=1)
-        q, k = rotary(qk, rotation(0, x.shape[1], qk.shape[-1], qk)).chunk(2, dim=1)
+        q, k = rotary(qk).chunk(2, dim=1)
         return self.out(attend(q, k, v, may_attend, causal, self.dropout if self.training else 0.0))
 
 
@@ -73,8 +79,7 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = (split_heads(y, self.n_heads) for y in self.kv(memory).chunk(2, dim=-1))
-        return k, v
+        return split_heads(self.kv(memory), 2 * self.n_heads).chunk(2, dim=1)
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], may_attend: Tensor | None = None) -> Tensor:
         q = split_heads(self.q(x), self.n_heads)
@@ -128,40 +133,26 @@ class DecoderBlock(nn.Module):
         return x + self.drop(self.mlp(self.norm3(x)))
 
 
-@contextmanager
-def without_onednn():
-    """Within it PyTorch uses its own kernels on a CPU: oneDNN's GELU of one token takes 40 microseconds, theirs one."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
-
-
 class Cache:
-    """A stack of `DecoderBlock`s that reads a few tokens at a time: their weights, and the keys and values of all that
-    they have read, for `size` tokens of `batch` sequences. `told`: what else the caller keeps of each sequence.
-
-    It computes what the blocks do, without dropout, in as few operations as there are: of one token, each costs more in
-    being called than in computing. The channels of queries and keys are laid out so that a complex product turns them.
+    """`DecoderBlock`s that read a few tokens at a time: their weights, and the keys and values of up to `size` tokens
+    of `batch` sequences. `told`: what else the caller keeps of each. It computes what the blocks do, without dropout,
+    in as few operations as there are: of one token, each costs more in being called than in computing. The channels of
+    queries and keys are laid out so that a complex product turns them.
     """
 
     def __init__(self, blocks: nn.ModuleList, batch: int, size: int, memory: list | None = None,
                  may_attend: Tensor | None = None, told: Tensor | None = None):
         weight, H = blocks[0].attention.qkv.weight, blocks[0].attention.n_heads
-        D = weight.shape[1]
-        pairs = torch.arange(D, device=weight.device).view(H, 2, -1).transpose(1, 2).flatten()
-        order = torch.cat([pairs, pairs + D, torch.arange(2 * D, 3 * D, device=weight.device)])
+        D, device = weight.shape[1], weight.device
+        pairs = torch.arange(D, device=device).view(H, 2, -1).transpose(1, 2).flatten()
+        order = torch.cat([pairs, pairs + D, torch.arange(2 * D, 3 * D, device=device)])
         self.layers = [(norm_of(block.norm1), block.attention.qkv.weight[order], block.attention.out.weight.t(),
                         block.cross and (norm_of(block.norm2), block.cross.q.weight, block.cross.out.weight.t()),
                         norm_of(block.norm3), block.mlp.up.weight, block.mlp.down.weight.t()) for block in blocks]
         self.size, self.length = size, 0
         self.memory, self.may_attend, self.told = memory or [None] * len(blocks), may_attend, told
-        self.kept = torch.zeros(len(blocks), batch, 2, H, size, D // H, device=weight.device, dtype=weight.dtype)
-        half = D // H // 2
-        angle = torch.arange(size, device=weight.device)[:, None] * 10_000.0 ** (
-            -torch.arange(half, device=weight.device) / half)
+        self.kept = torch.zeros(len(blocks), batch, 2, H, size, D // H, device=device, dtype=weight.dtype)
+        angle = angles(size, D // H, device)
         turn = torch.polar(torch.ones_like(angle), angle)[:, None]
         self.turn = torch.stack([turn, turn, torch.ones_like(turn)], 1)  # of queries, keys, values: (size, 3, 1, E / 2)
 

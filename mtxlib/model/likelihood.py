@@ -1,7 +1,6 @@
 """What a model does with a set of windows, teacher-forced: one pass, used in training and in the diagnosis.
 
-Every number is per window, so that whoever asks can average, compare or look at single pieces. N windows, S latent
-rows (the most of any window), C latent channels; nats throughout.
+N windows, S latent rows (the most of any window), C latent channels; nats throughout.
 """
 
 from contextlib import nullcontext
@@ -9,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mtxlib.config import PAD
 from mtxlib.data.store import Windows
@@ -54,12 +53,10 @@ class Measured:
         return ((self.mu - mean).square() * live).sum(0) / n
 
     def summary(self) -> dict[str, float]:
-        return {
-            "recon": float(self.recon.mean()), "kl": float(self.rate.mean()),
-            "recon_per_token": self.per_token(self.recon),
-            "delta_nll_shuffled": self.per_token(self.recon_shuffled - self.recon),
-            "active_units": self.active_units(),
-        }
+        return {"recon": float(self.recon.mean()), "kl": float(self.rate.mean()),
+                "recon_per_token": self.per_token(self.recon),
+                "delta_nll_shuffled": self.per_token(self.recon_shuffled - self.recon),
+                "active_units": self.active_units()}
 
 
 def other_pieces(pieces: np.ndarray) -> np.ndarray:
@@ -87,28 +84,25 @@ def measure(model: MusicVAE, store: Windows, indices: np.ndarray, *, batch_size:
         posterior = stack([model.encode(*batch) for batch in batches])
     z = model.reparameterize(posterior, generator)
     partner = torch.from_numpy(other_pieces(store.windows["piece"][indices])).to(device)
-    latents = {"recon": (z, posterior.is_live), "recon_shuffled": (z[partner], posterior.is_live[partner]),
-               "recon_prior": (model.sample_prior(*z.shape[:2], generator), posterior.is_live)}
-    nats: dict[str, list] = {name: [] for name in latents}
-    for n, batch in enumerate(batches):
-        part = slice(n * batch_size, n * batch_size + len(batch.ids))
-        for name, (latent, is_live) in latents.items():
+    latents = ((z, posterior.is_live), (z[partner], posterior.is_live[partner]),
+               (model.sample_prior(*z.shape[:2], generator), posterior.is_live))
+    tensors = [torch.from_numpy(store.lengths[indices] - 1).to(device)]
+    for told in latents:
+        nats = []
+        for (ids, slots), *part in zip(batches, *(x.split(batch_size) for x in told), strict=True):
             with autocast():
-                logits = model.decode(batch.ids[:, :-1], batch.slots[:, :-1], latent[part], is_live[part])
-            targets = batch.ids[:, 1:]
-            nats[name].append(reconstruction(logits, targets, targets == PAD))
-    model.train(was_training)
-    back = torch.from_numpy(np.argsort(order)).to(device)
-    n_tokens = torch.from_numpy(store.lengths[indices] - 1).to(device)
-    tensors = [n_tokens, *(torch.cat(nats[name]) for name in latents), *posterior]
+                logits = model.decode(ids[:, :-1], slots[:, :-1], *part)
+            nats.append(reconstruction(logits, ids[:, 1:], ids[:, 1:] == PAD))
+        tensors.append(torch.cat(nats))
+    tensors += posterior
     if model.prior is not None:
         tensors.append((model.prior.window_nats(z) - entropy(posterior.logvar)).sum(1))
+    model.train(was_training)
+    back = torch.from_numpy(np.argsort(order)).to(device)
     return Measured(*(x[back].cpu() for x in tensors))
 
 
 def stack(posteriors: list[Posterior]) -> Posterior:
     """Posteriors of batches with different numbers of rows -> one, filled up with rows that are not live."""
-    rows = max(p.mu.shape[1] for p in posteriors)
-    mu, logvar = (torch.cat([F.pad(x.float(), (0, 0, 0, rows - x.shape[1])) for x in xs])
-                  for xs in ([p.mu for p in posteriors], [p.logvar for p in posteriors]))
-    return Posterior(mu, logvar, torch.cat([F.pad(p.is_live, (0, rows - p.is_live.shape[1])) for p in posteriors]))
+    return Posterior(*(pad_sequence([window for batch in batches for window in batch], batch_first=True)
+                       for batches in zip(*posteriors, strict=True)))

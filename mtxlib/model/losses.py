@@ -2,8 +2,8 @@
 
 A reconstruction is summed over the tokens of a window and a KL over all of its latent dimensions; both are then
 averaged over the batch. So `recon + kl` is the negative evidence lower bound (Kingma 2013, eq. 3) and beta = 1 means
-what it says. Averaging the cross-entropy over tokens while summing the KL, the classic mistake, multiplies beta by
-the length of the window; `objective(recon_scale="token")` keeps that mistake alive, to be shown.
+what it says. The classic mistake, kept to be shown as `recon_scale="token"`, averages the cross-entropy over tokens
+while it sums the KL: that multiplies beta by the length of the window.
 
 Shapes: B batch, T tokens, V vocabulary, S latent rows, C latent channels.
 """
@@ -11,7 +11,6 @@ Shapes: B batch, T tokens, V vocabulary, S latent rows, C latent channels.
 import math
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,35 +46,26 @@ def normal_share(step: int, warmup: int) -> float:
     return max(0.1, 1 - 0.9 * step / max(1, warmup))
 
 
-def with_free_bits(kl: Tensor, free_bits: float) -> Tensor:
-    """KL that counts, nats per sequence: each dimension's batch mean, but never less than `free_bits` nats.
-
-    The clamp comes after the batch mean (Kingma 2016, eq. 15 with one group a dimension), so a dimension may be cheap
-    for one window and dear for another. kl (B, S, C) -> scalar.
-    """
-    return kl.mean(0).clamp(min=free_bits).sum()
-
-
 def objective(recon: Tensor, kl: Tensor, beta: float | Tensor, *, free_bits: float = 0.0, target_rate: float = 0.0,
               recon_scale: str = "sequence", n_tokens: Tensor | None = None) -> Terms:
     """loss = recon + beta * kl_loss.
 
-    recon (B,) and kl (B, S, C) in nats. kl_loss is the KL after free bits or, with a target rate C, |KL - C|
-    (Burgess 2018, eq. 8), which holds the rate at C nats. `recon_scale="token"` divides recon by each window's
-    `n_tokens` (B,) and leaves the KL summed.
+    recon (B,) and kl (B, S, C) in nats. kl_loss counts each dimension's batch mean, but never as less than `free_bits`
+    nats (Kingma 2016, eq. 15 with one group a dimension), so a dimension may be cheap for one window and dear for
+    another; or, with a target rate C, it is |KL - C| (Burgess 2018, eq. 8), which holds the rate at C nats.
+    `recon_scale="token"` divides recon by each window's `n_tokens` (B,) and leaves the KL summed.
     """
-    raw = kl.mean(0).sum()
-    counted = (raw - target_rate).abs() if target_rate else with_free_bits(kl, free_bits)
+    mean = kl.mean(0)
+    raw = mean.sum()
+    counted = (raw - target_rate).abs() if target_rate else mean.clamp(min=free_bits).sum()
     scaled = recon / n_tokens if recon_scale == "token" else recon
     return Terms(scaled.mean() + beta * counted, recon.mean(), raw, counted)
 
 
 def beta_at(step: int, schedule: str, beta_max: float, warmup: int) -> float:
-    """The weight of the KL at a step.
-
-    linear: from 0 to beta_max over `warmup` steps (Bowman 2016). cyclical: each cycle of `warmup` steps ramps over its
-    first half and stays for the second (Fu 2019, R = 0.5). constant: beta_max from the start. `rate` has no
-    clock, see `steer`.
+    """The weight of the KL at a step: from 0 to beta_max over `warmup` steps (linear, Bowman 2016), in each cycle of as
+    many over its first half (cyclical, Fu 2019, R = 0.5), or beta_max from the start (constant). `rate` has no clock,
+    see `steer`.
     """
     if schedule not in ("constant", "linear", "cyclical"):
         raise ValueError(f"beta_schedule: expected constant, linear or cyclical, got {schedule!r}")
@@ -86,7 +76,6 @@ def beta_at(step: int, schedule: str, beta_max: float, warmup: int) -> float:
 
 def steer(beta: Tensor, kl: Tensor, target_rate: float, beta_max: float, gain: float = 0.02) -> Tensor:
     """The next beta of schedule `rate`: more where the KL of a batch lies above the target, less where it lies below.
-
     An integral controller in log beta, after ControlVAE (Shao 2020): unlike |KL - C| it never rewards nats that the
     reconstruction has no use for. Over tensors, so that no GPU is waited for.
     """
@@ -105,4 +94,4 @@ def lr_at(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi))))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

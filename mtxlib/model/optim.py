@@ -1,6 +1,6 @@
 """How a step is computed: the optimizers, and the precision, which is the one that is fast on this machine."""
 
-import time
+import timeit
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
@@ -46,16 +46,14 @@ def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps
 
 
 def make_optimizers(model: nn.Module, c: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan 2024) for the matrices inside the layers, AdamW for embeddings, biases, norms and the rest; or AdamW
-    for all. Muon's update is scaled to the size of Adam's (Liu 2025), so one learning rate serves both. Only matrices
-    are decayed.
+    """Muon (Jordan 2024) for the matrices inside the layers, AdamW for the rest; or AdamW for all. Muon's update is
+    scaled to the size of Adam's (Liu 2025), so one learning rate serves both. Only matrices are decayed.
     """
-    inner = [p for name, p in model.named_parameters()
-             if p.ndim == 2 and c.optimizer == "muon" and ".blocks." in f".{name}"]
-    chosen = {id(p) for p in inner}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": c.weight_decay},
-              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    inner, outer, free = [], [], []
+    for name, p in model.named_parameters():
+        is_inner = c.optimizer == "muon" and p.ndim == 2 and ".blocks." in f".{name}"
+        (inner if is_inner else outer if p.ndim >= 2 else free).append(p)
+    groups = [{"params": outer, "weight_decay": c.weight_decay}, {"params": free, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.98), fused=True)
     return [adamw, Muon(inner, lr=c.lr, weight_decay=c.weight_decay)] if inner else [adamw]
 
@@ -64,14 +62,8 @@ def matmul_rate(device: str, dtype: torch.dtype, size: int, repeats: int = 10) -
     """FLOP/s of a product of two square matrices on `device`, the best of `repeats`."""
     x = torch.ones(size, size, device=device, dtype=dtype)  # no random numbers: a run repeats itself
     wait = torch.cuda.synchronize if device == "cuda" else int
-    seconds = []
-    for _ in range(1 + repeats):  # the first one warms up
-        wait()
-        began = time.perf_counter()
-        x @ x
-        wait()
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds[1:])
+    seconds = timeit.repeat(lambda: (x @ x, wait()), setup=wait, number=1, repeat=1 + repeats)
+    return 2 * size**3 / min(seconds[1:])  # the first one warms up
 
 
 @cache
@@ -93,8 +85,8 @@ def explain(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return f"{precision}, as asked for"
     chosen = "bf16" if fast_dtype(device.type) == torch.bfloat16 else "fp32"
-    return "{}: matmuls run at {:.3g} GFLOP/s in bf16, {:.3g} in fp32".format(
-        chosen, *(rate / 1e9 for rate in fast_rates(device.type)))
+    bf16, fp32 = (rate / 1e9 for rate in fast_rates(device.type))
+    return f"{chosen}: matmuls run at {bf16:.3g} GFLOP/s in bf16, {fp32:.3g} in fp32"
 
 
 def autocast_for(precision: str, device: torch.device) -> Callable:

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from mtxlib.config import TrainConfig
 from mtxlib.files import atomic, digest
 from mtxlib.model.layers import Cache, DecoderBlock, without_onednn
+from mtxlib.model.losses import entropy
 from mtxlib.model.optim import autocast_for, make_optimizers
 
 N_KEYS = 25  # twelve major, twelve minor, unknown
@@ -67,7 +68,7 @@ class RowPrior(nn.Module):
 
     def forward(self, before: Tensor, at: Tensor, n_rows: Tensor, key: Tensor, closes: Tensor) -> Tensor:
         """States (B, T, D) that say all that is known of the rows numbered `at` (B, T), from the rows before each of
-        them (B, T, C), in pieces of `n_rows` rows, `key` and `closes` (B,)."""
+        them (B, T, C), in pieces of `n_rows` rows, `key` and `closes` (B,). What all pieces share has a B of 1."""
         x = self.embed(before, at, n_rows, key, closes)
         for block in self.blocks:
             x = block(x)
@@ -114,11 +115,9 @@ class RowPrior(nn.Module):
     def of_windows(self, before: Tensor) -> Tensor:
         """States (B, T, D) of the rows of windows from somewhere within a piece, of which nothing else is known: a
         joint prior learns these. before (B, T, C): the row before each, 0 where it lies in front of the window."""
-        n, edge = before.shape[1], (EDGE + 1) * self.rows_per_bar
-        at = torch.arange(edge, edge + n, device=before.device).expand(len(before), -1)
-        n_rows, key, closes = (torch.full((len(before),), x, device=before.device)
-                               for x in (2 * edge + n, N_KEYS - 1, 0))
-        return self(before, at, n_rows, key, closes)
+        n, edge, device = before.shape[1], (EDGE + 1) * self.rows_per_bar, before.device
+        told = (torch.full((1,), x, device=device) for x in (2 * edge + n, N_KEYS - 1, 0))
+        return self(before, torch.arange(edge, edge + n, device=device)[None], *told)
 
     def window_nats(self, z: Tensor) -> Tensor:
         """-log p of each row of windows z (B, S, C) given the rows before it, (B, S)."""
@@ -142,10 +141,10 @@ class RowPrior(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         keys = (torch.multinomial(self.keys, n, replacement=True, generator=generator) if key is None
                 else torch.full((n,), key))
-        z, given = torch.zeros(n, n_rows + 1, self.channels), 0 if begin is None else len(begin)
-        if given:
-            z[:, 1:given + 1] = begin
-        cache = None
+        begin = torch.zeros(0, self.channels) if begin is None else begin
+        z, given, cache = torch.zeros(n, n_rows + 1, self.channels), len(begin), None
+        z[:, 1:given + 1] = begin
+        length, closes = torch.tensor([[n_rows], [closes]])
         for row in range(given, n_rows):  # z[:, row] is the row before
             if row == max(given, n_rows - self.rows_per_bar):
                 z, keys = z.repeat_interleave(endings, 0), keys.repeat_interleave(endings)
@@ -153,8 +152,7 @@ class RowPrior(nn.Module):
             first = row
             if cache is None or cache.length == CONTEXT:  # from here on with what a stretch in training begins with
                 cache, first = Cache(self.blocks, len(z), CONTEXT), max(0, row + 1 - CONTEXT // 2)
-            at, told = torch.arange(first, row + 1).expand(len(z), -1), torch.tensor([[n_rows], [closes]])
-            x = self.embed(z[:, first:row + 1], at, told[0].expand(len(z)), keys, told[1].expand(len(z)))
+            x = self.embed(z[:, first:row + 1], torch.arange(first, row + 1)[None], length, keys, closes)
             z[:, row + 1] = self.draw(self.norm(cache.read(x)[:, -1]), temperature, generator)
         return z[:, 1:]
 
@@ -164,6 +162,7 @@ class Stretches(NamedTuple):
 
     z: Tensor  # (B, 1 + T, C), the row before them in front
     logvar: Tensor  # (B, T, C), 0 beyond the end
+    is_there: Tensor  # (B, T)
     at: Tensor  # (B, T), the number of each row in its piece
     n_rows: Tensor  # (B,), and what else a prior is told of the pieces
     key: Tensor
@@ -174,10 +173,6 @@ class Stretches(NamedTuple):
         state = prior(self.z[:, :-1], self.at, self.n_rows, self.key, self.closes)
         return -prior.log_prob(self.z[:, 1:][self.is_there], state[self.is_there])
 
-    @property
-    def is_there(self) -> Tensor:
-        return self.at < self.n_rows[:, None]
-
 
 def stretches(lines: list[Line], rows_per_bar: int, generator: torch.Generator) -> Stretches:
     """One of each line, from a random bar on."""
@@ -185,18 +180,17 @@ def stretches(lines: list[Line], rows_per_bar: int, generator: torch.Generator) 
     for mu, logvar, *told in lines:
         later = max(0, len(mu) - CONTEXT) // rows_per_bar
         start = int(torch.randint(later + 1, (), generator=generator)) * rows_per_bar
+        at = torch.arange(start, start + CONTEXT)
         z = mu + torch.randn(mu.shape, generator=generator) * (0.5 * logvar).exp()
         parts.append((F.pad(z, (0, 0, 1, CONTEXT))[start:start + CONTEXT + 1],
                       F.pad(logvar, (0, 0, 0, CONTEXT))[start:start + CONTEXT],
-                      torch.arange(start, start + CONTEXT), *map(torch.tensor, (len(mu), *told))))
+                      at < len(mu), at, *map(torch.tensor, (len(mu), *told))))
     return Stretches(*(torch.stack(x) for x in zip(*parts, strict=True)))
 
 
 def fit(lines: list[Line], held_out: list[Line], rows_per_bar: int, *, steps: int = 1500, batch_size: int = 64,
-        lr: float = 5e-3, seed: int = 0, joint: RowPrior | None = None,
-        **sizes) -> tuple[RowPrior, dict[str, float]]:
-    """Learn a prior from posteriors, or go on from a `joint` one; returns it and its figures on held-out pieces, see
-    `rates`."""
+        lr: float = 5e-3, seed: int = 0, joint: RowPrior | None = None, **sizes) -> tuple[RowPrior, dict[str, float]]:
+    """Learn a prior from posteriors, or go on from a `joint` one; returns it and its `rates` on held-out pieces."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     prior = copy.deepcopy(joint).train() if joint else RowPrior(lines[0].mu.shape[1], rows_per_bar, **sizes)
@@ -224,8 +218,8 @@ def rates(prior: RowPrior, lines: list[Line], rows_per_bar: int, seed: int = 0) 
     """What a row costs, in nats, under N(0, I) and under the learned prior: KL(q || p), one sample a row."""
     drawn = stretches(lines, rows_per_bar, torch.Generator().manual_seed(seed))
     normal = 0.5 * (drawn.z[:, 1:].square() + math.log(2 * math.pi)).sum(-1)[drawn.is_there]
-    entropy = 0.5 * (drawn.logvar + 1 + math.log(2 * math.pi)).sum(-1)[drawn.is_there]
-    return {"normal": float((normal - entropy).mean()), "learned": float((drawn.nats(prior) - entropy).mean())}
+    own = entropy(drawn.logvar)[drawn.is_there]
+    return {"normal": float((normal - own).mean()), "learned": float((drawn.nats(prior) - own).mean())}
 
 
 def save_prior(prior: RowPrior, path: Path, weights: Path) -> None:

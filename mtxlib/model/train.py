@@ -1,14 +1,14 @@
 """The training loop: `train(config, run_dir)`, or `python -m mtxlib.train outputs/<run>/config.json`.
 
-It needs a token store and nothing else: no MidiTok, music21, wandb or Jupyter. A run folder gets metrics.jsonl (the
-truth), model.safetensors (the best weights by the validation objective at the final beta or rate, so that the ramp
-does not decide) and state.pt (everything to go on from). The order of batches is a function of (seed, epoch) and the
-random state is saved, so a resumed run on the CPU repeats the losses of an uninterrupted one bit for bit.
+A run folder gets metrics.jsonl (the truth), model.safetensors (the best weights by the validation objective at the
+final beta or rate, so that the ramp does not decide) and state.pt (everything to go on from). The order of batches is a
+function of (seed, epoch) and the random state is saved, so a resumed run on the CPU repeats the losses of an
+uninterrupted one bit for bit.
 
-`torchrun --nproc-per-node N -m mtxlib.train …` trains on N GPUs (or on CPUs) what one process would: batch_size stays
-that of the whole batch. Each process takes its part of it, with its part of the same noise, and all look at the terms
-of all windows before the objective is formed: free bits and |KL - C| are not linear in them. So losses agree but for
-rounding; with `dropout` in the blocks they do not, since its masks are drawn for a part alone.
+`torchrun --nproc-per-node N -m mtxlib.train …` trains on N GPUs (or on CPUs) what one process would. Each takes its
+part of a batch, with its part of the same noise, and all look at the terms of all windows before the objective is
+formed: free bits and |KL - C| are not linear in them. So losses agree but for rounding; with `dropout` in the blocks
+they do not, since its masks are drawn for a part alone.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -35,34 +35,21 @@ from tqdm.auto import tqdm
 from mtxlib.config import PAD, Config
 from mtxlib.data.store import Batch, TokenDropout, TokenStore, epoch_batches
 from mtxlib.files import append, atomic, atomic_text, brief, locked
+from mtxlib.model import losses
 from mtxlib.model.likelihood import Measured, measure
-from mtxlib.model.losses import (
-    Terms,
-    beta_at,
-    entropy,
-    kl_per_dim,
-    lr_at,
-    normal_share,
-    objective,
-    rate_at,
-    reconstruction,
-    steer,
-)
 from mtxlib.model.optim import autocast_for, explain, make_optimizers
 from mtxlib.model.vae import MusicVAE
 
 LOG_EVERY = 10  # steps a line of metrics.jsonl is the mean of
+PROGRESS = ("step", "best", "bad", "seconds", "sums", "steered")  # what state.pt keeps beside weights and randomness
 
 
 def train(config: Config, run_dir: str | Path, device: str = "",
           on_validate: Callable[[], None] = lambda: None) -> Path:
     """Train, or go on from run_dir/state.pt; returns the path of the best weights. `on_validate` is called after each
-    validation, when metrics.jsonl is up to date.
-
-    Raises FileNotFoundError without a token store, FloatingPointError when the loss is no longer a number, ValueError
-    when run_dir holds another configuration's checkpoint.
+    validation, when metrics.jsonl is up to date. Raises FileNotFoundError without a token store, FloatingPointError
+    when the loss is no longer a number, ValueError when run_dir holds another configuration's checkpoint.
     """
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     with locked(Path(run_dir) / ".lock") if is_first else nullcontext():
         return Trainer(config, Path(run_dir), device, on_validate).run()
@@ -72,6 +59,7 @@ class Trainer:
     def __init__(self, config: Config, run_dir: Path, device: str = "", on_validate: Callable[[], None] = lambda: None):
         self.config, self.run_dir, self.c, self.on_validate = config, run_dir, config.train, on_validate
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.writes = self.rank == 0  # of several processes one
         if self.c.batch_size % (self.c.accumulate * self.world):
             raise ValueError(f"parameter 'batch_size': expected a multiple of accumulate {self.c.accumulate} x "
                              f"{self.world} processes, got {self.c.batch_size}")
@@ -90,16 +78,13 @@ class Trainer:
         if self.world > 1:
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
         self.optimizers = make_optimizers(self.model, self.c)
-        of_prior = list(self.model.prior.parameters()) if self.model.prior is not None else []
-        others = {id(p) for p in of_prior}
-        self.clipped = [[p for p in self.model.parameters() if id(p) not in others], of_prior]  # each by itself
+        self.clipped = [[p for name, p in self.model.named_parameters() if name.startswith("prior.") == is_prior]
+                        for is_prior in (False, True)]  # each by itself
         drop = partial(TokenDropout, vocab_size=self.store.vocab_size, kind=self.c.dropout_kind,
                        spare=self.store.is_structure.to(self.device) if self.c.spare_structure else None)
         self.drop_enc, self.drop_dec = drop(self.c.enc_token_dropout), drop(self.c.dec_token_dropout)
-        self.train_indices = self.store.select("train")
-        valid = self.store.select("valid")
-        rng = np.random.default_rng(self.c.seed)
-        self.valid_indices = np.sort(rng.permutation(valid)[:self.c.eval_windows])
+        self.train_indices, valid = map(self.store.select, ("train", "valid"))
+        self.valid_indices = np.sort(np.random.default_rng(self.c.seed).permutation(valid)[:self.c.eval_windows])
         # The optimiser sees nats per token of an average window: gradient clipping then means the same everywhere.
         self.loss_scale = 1.0 / float(self.store.lengths[self.train_indices].mean())
         self.step, self.best, self.bad, self.seconds = 0, math.inf, 0, 0.0
@@ -119,27 +104,30 @@ class Trainer:
                 yield self.store.batch(indices)
             epoch, start = epoch + 1, 0
 
-    def terms(self, batch: Batch) -> Terms:
+    def terms(self, batch: Batch) -> losses.Terms:
         """The objective of a (micro-)batch at this step. Gradients flow into this process's part of it only."""
         inputs = batch.ids, batch.slots, self.drop_enc(batch.ids), self.drop_dec(batch.ids)
         ids, *others = (x.chunk(self.world)[self.rank] for x in inputs)
         with self.autocast():
             out = self.forward(ids, *others)
-        targets, c = ids[:, 1:], self.c
-        kl = kl_per_dim(*out.posterior) if self.config.model.variational else torch.zeros_like(out.posterior.mu)
-        recon, kl = self.of_all(reconstruction(out.logits, targets, targets == PAD)), self.of_all(kl)
-        beta, share = self.beta(self.step), normal_share(self.step, c.beta_warmup)
-        if out.prior_nats is not None:
-            to_prior = self.of_all(out.prior_nats - entropy(out.posterior.logvar))[..., None]    # (B, S, 1)
+        recon = self.of_all(losses.reconstruction(out.logits, ids[:, 1:], ids[:, 1:] == PAD))
+        kl = self.of_all(losses.kl_per_dim(*out.posterior))                                      # (B, S, C)
+        beta, share = self.beta(self.step), losses.normal_share(self.step, self.c.beta_warmup)
+        if self.model.prior is not None:
+            to_prior = self.of_all(out.prior_nats - losses.entropy(out.posterior.logvar))[..., None]
             kl = share * kl.sum(-1, keepdim=True) + (1 - share) * to_prior                       # (B, S, 1)
-        terms = objective(recon, kl, beta, free_bits=c.free_bits,
-                          target_rate=0.0 if self.steers else self.rate(self.step), recon_scale=c.recon_scale,
-                          n_tokens=(batch.ids[:, 1:] != PAD).sum(1))
-        if out.prior_nats is None:
-            return terms
-        # Through the KL the prior hears beta * (1 - share) of its own loss; it learns best from all of it.
-        rest = (1 - beta * (1 - share)) * self.of_all(out.prior_loss).sum(1).mean()
-        return terms._replace(loss=terms.loss + rest, kl=to_prior.mean(0).sum())
+        terms = self.objective(recon, kl, beta, 0.0 if self.steers else self.rate(self.step),
+                               (batch.ids[:, 1:] != PAD).sum(1))
+        if self.model.prior is not None:
+            # Through the KL the prior hears beta * (1 - share) of its own loss; it learns best from all of it.
+            rest = (1 - beta * (1 - share)) * self.of_all(out.prior_loss).sum(1).mean()
+            terms = terms._replace(loss=terms.loss + rest, kl=to_prior.mean(0).sum())
+        return terms
+
+    def objective(self, recon: torch.Tensor, kl: torch.Tensor, beta: float | torch.Tensor, target_rate: float,
+                  n_tokens: torch.Tensor) -> losses.Terms:
+        return losses.objective(recon, kl * self.config.model.variational, beta, free_bits=self.c.free_bits,
+                                target_rate=target_rate, recon_scale=self.c.recon_scale, n_tokens=n_tokens)
 
     def of_all(self, part: torch.Tensor) -> torch.Tensor:
         """A tensor (B, …) of the whole batch from each process's part."""
@@ -158,38 +146,33 @@ class Trainer:
         return float(value)
 
     @property
-    def writes(self) -> bool:
-        """Of several processes one."""
-        return self.rank == 0
-
-    @property
     def steers(self) -> bool:
         return self.c.beta_schedule == "rate"
 
     def beta(self, step: int) -> float | torch.Tensor:
-        return self.steered if self.steers else beta_at(step, self.c.beta_schedule, self.c.beta_max,
-                                                        self.c.beta_warmup)
+        c = self.c
+        return self.steered if self.steers else losses.beta_at(step, c.beta_schedule, c.beta_max, c.beta_warmup)
 
     def rate(self, step: int) -> float:
-        return rate_at(step, self.c.target_rate, self.c.target_start, self.c.beta_warmup)
+        return losses.rate_at(step, self.c.target_rate, self.c.target_start, self.c.beta_warmup)
 
     def update(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One optimiser step over a batch in `accumulate` parts; returns the means over the parts."""
         scale = 1.0 if self.c.recon_scale == "token" else self.loss_scale
         sums = torch.zeros(4, device=self.device)
-        for ids, slots in zip(batch.ids.chunk(self.c.accumulate), batch.slots.chunk(self.c.accumulate), strict=True):
-            terms = self.terms(Batch(ids, slots).to(self.device))
+        for part in zip(*(x.chunk(self.c.accumulate) for x in batch), strict=True):
+            terms = self.terms(Batch(*part).to(self.device))
             (terms.loss * scale * self.world / self.c.accumulate).backward()  # DDP takes the mean over the processes
             sums += torch.stack([x.detach().float() for x in terms]) / self.c.accumulate
         norm, *_ = (nn.utils.clip_grad_norm_(part, self.c.grad_clip) for part in self.clipped)
-        values = {**dict(zip(("loss", "recon", "kl", "kl_loss"), sums, strict=True)), "grad_norm": norm}
+        values = {**dict(zip(losses.Terms._fields, sums, strict=True)), "grad_norm": norm}
         if self.device.type == "cpu":  # on a GPU this would wait for it at every step: there each line is checked
             self.check_finite({k: float(v) for k, v in values.items()}, self.step + 1)
         if self.steers:
-            self.steered = steer(self.steered, values["kl"], self.rate(self.step), self.c.beta_max)
+            self.steered = losses.steer(self.steered, values["kl"], self.rate(self.step), self.c.beta_max)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.c.lr * lr_at(self.step, self.c.steps, self.c.lr_warmup)
+                group["lr"] = self.c.lr * losses.lr_at(self.step, self.c.steps, self.c.lr_warmup)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if self.average:
@@ -200,13 +183,12 @@ class Trainer:
 
     def run(self) -> Path:
         self.resume()
-        wandb_run = None
         if self.writes:
             forget_after(self.run_dir / "metrics.jsonl", self.step)
             atomic_text(self.run_dir / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
             atomic(self.run_dir / "tokenizer.json", lambda p: shutil.copy(self.store.folder / "tokenizer.json", p))
-            wandb_run = start_wandb(self.config, self.run_dir)
             print(f"precision: {self.precision}")
+        wandb_run = start_wandb(self.config, self.run_dir) if self.writes else None
         try:
             self.loop(wandb_run)
         finally:
@@ -216,26 +198,23 @@ class Trainer:
 
     def loop(self, wandb_run) -> None:
         """Steps, lines of metrics.jsonl and validations until the end, a signal, or no more progress."""
-        log = self.run_dir / "metrics.jsonl"
+        log, batches = self.run_dir / "metrics.jsonl", self.batches()
         n_tokens, began = 0, time.perf_counter()
-        batches = self.batches()
-        with interrupted() as stop, tqdm(total=self.c.steps, initial=self.step, desc="training", unit="step",
-                                         mininterval=1.0, disable=not self.writes) as bar:
-            while self.step < self.c.steps and not self.most(stop.is_set) and not self.is_stuck():
+        with interrupted() as signals, tqdm(total=self.c.steps, initial=self.step, desc="training", unit="step",
+                                            mininterval=1.0, disable=not self.writes) as bar:
+            while self.step < self.c.steps and not self.most(len(signals)) and not 0 < self.c.patience <= self.bad:
                 batch = next(batches)
                 values = self.update(batch)
                 self.step += 1
                 n_tokens += int((batch.ids[:, 1:] != PAD).sum())
                 self.sums = {k: self.sums.get(k, 0) + v for k, v in values.items()}
                 is_eval = self.step % self.c.eval_every == 0 or self.step == self.c.steps
-                if self.step % LOG_EVERY and not is_eval:
-                    bar.update()
-                    continue
-                line = self.line(n_tokens, time.perf_counter() - began)
-                if self.writes:
-                    write_lines(log, wandb_run, [line])
-                self.sums, n_tokens, began = {}, 0, time.perf_counter()
-                bar.set_postfix(recon=f"{line['recon']:.1f}", rate=f"{line['kl']:.1f}", beta=f"{line['beta']:.2f}")
+                if self.step % LOG_EVERY == 0 or is_eval:
+                    line = self.line(n_tokens, time.perf_counter() - began)
+                    if self.writes:
+                        write_lines(log, wandb_run, [line])
+                    self.sums, n_tokens, began = {}, 0, time.perf_counter()
+                    bar.set_postfix(recon=f"{line['recon']:.1f}", rate=f"{line['kl']:.1f}", beta=f"{line['beta']:.2f}")
                 bar.update()
                 if is_eval:
                     line = self.validate()
@@ -244,7 +223,7 @@ class Trainer:
                         self.save_state()  # after its lines: those that a checkpoint lacks are dropped on resume
                         self.on_validate()
                     began = time.perf_counter()
-        if self.most(stop.is_set):
+        if self.most(len(signals)):
             self.means()  # weights that are no numbers must not replace the last good checkpoint
             if self.writes:
                 self.save_state()
@@ -261,10 +240,9 @@ class Trainer:
     def line(self, n_tokens: int, seconds: float) -> dict:
         self.seconds += seconds
         c, last = self.c, self.step - 1
-        return {"step": self.step, "split": "train", **self.means(),
-                "beta": float(self.beta(last)), "target_rate": self.rate(last),
-                "lr": c.lr * lr_at(last, c.steps, c.lr_warmup), "tokens_per_s": n_tokens / seconds,
-                "seconds": self.seconds}
+        return {"step": self.step, "split": "train", **self.means(), "beta": float(self.beta(last)),
+                "target_rate": self.rate(last), "lr": c.lr * losses.lr_at(last, c.steps, c.lr_warmup),
+                "tokens_per_s": n_tokens / seconds, "seconds": self.seconds}
 
     def check_finite(self, values: dict[str, float], step: int) -> None:
         if not all(map(math.isfinite, values.values())):
@@ -281,35 +259,28 @@ class Trainer:
         m = measure(model, self.store, self.valid_indices, autocast=self.autocast, seed=self.c.seed)
         score = self.most(self.final_objective(m))
         self.check_finite({"validation objective": score}, self.step)
-        self.bad = 0 if score < self.best else self.bad + 1
+        self.bad += 1
         if score < self.best:
-            self.best = score
+            self.best, self.bad = score, 0
             if self.writes:
                 save_weights(model, self.run_dir / "model.safetensors", self.config, self.store.lengths)
         return {"step": self.step, "split": "valid", **m.summary(), "objective": score, "seconds": self.seconds,
                 "precision": self.precision}
 
     def final_objective(self, m: Measured) -> float:
-        """The training objective on validation windows, at the beta and rate of the end of the schedule.
-
-        Where beta is steered: nats of reconstruction, plus those by which the KL misses the target from above.
-        """
+        """The training objective on validation windows, at the beta and rate of the end of the schedule. Where beta is
+        steered: nats of reconstruction, plus those by which the KL misses the target from above."""
         c = self.c
         if self.steers:
             return float(m.recon.mean() + (m.rate.mean() - c.target_rate).clamp(min=0))
-        kl = m.kl if self.config.model.variational else torch.zeros_like(m.kl)
-        kl = kl if self.model.prior is None else m.rate[:, None, None]
-        return float(objective(m.recon, kl, c.beta_max, free_bits=c.free_bits, target_rate=c.target_rate,
-                               recon_scale=c.recon_scale, n_tokens=m.n_tokens).loss)
-
-    def is_stuck(self) -> bool:
-        return bool(self.c.patience) and self.bad >= self.c.patience
+        kl = m.kl if self.model.prior is None else m.rate[:, None, None]
+        return float(self.objective(m.recon, kl, c.beta_max, c.target_rate, m.n_tokens).loss)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def save_state(self) -> None:
-        state = {"step": self.step, "best": self.best, "bad": self.bad, "seconds": self.seconds, "sums": self.sums,
-                 "steered": self.steered, "config": json.dumps(self.config.to_dict()), "model": self.model.state_dict(),
+        state = {**{k: getattr(self, k) for k in PROGRESS},
+                 "config": json.dumps(self.config.to_dict()), "model": self.model.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "rng": torch.get_rng_state(),
                  "average": self.average.state_dict() if self.average else None,
                  "rng_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None}
@@ -322,27 +293,25 @@ class Trainer:
         start_again = "choose another run folder (mtx run --out …), or delete this one to start again"
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
+            optimizers = state["optimizers"]
         except Exception as e:  # whatever torch makes of a file that is none of its own
-            raise ValueError(f"{path}: expected a checkpoint of mtxlib.train, got something else "
+            raise ValueError(f"{path}: expected a checkpoint of this version of mtxlib.train, got something else "
                              f"({brief(e)}): {start_again}") from e
-        if not isinstance(state, dict) or "optimizers" not in state:
-            raise ValueError(f"{path} is no checkpoint of this version: {start_again}")
         ours, theirs = self.config.flat(), Config.from_dict(json.loads(state["config"])).flat()
-        different = [k for k in ours if ours[k] != theirs[k] and k not in ("steps", "threads", "wandb", "data_dir")]
-        if different:
-            k = different[0]
-            raise ValueError(f"{path} was trained with {k} = {theirs[k]!r}, now it is {ours[k]!r}: {start_again}")
+        for k in ours:
+            if ours[k] != theirs[k] and k not in ("steps", "threads", "wandb", "data_dir"):
+                raise ValueError(f"{path} was trained with {k} = {theirs[k]!r}, now it is {ours[k]!r}: {start_again}")
         if state["step"] > self.c.steps:
             raise ValueError(f"{path} is at step {state['step']}, beyond steps = {self.c.steps}: {start_again}")
         self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+        for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
             optimizer.load_state_dict(saved)
         if self.average:
             self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["rng"].cpu())
         if state["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"].cpu())
-        for k in ("step", "best", "bad", "seconds", "sums", "steered"):
+        for k in PROGRESS:
             setattr(self, k, state[k])
         if self.writes:
             print(f"going on from step {self.step} of {self.c.steps} in {path}")
@@ -365,11 +334,9 @@ def write_lines(path: Path, wandb_run, lines: list[dict]) -> None:
 
 def forget_after(path: Path, step: int) -> None:
     """Drop the lines of metrics.jsonl that a killed run wrote after its last checkpoint."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines()
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    atomic_text(path, "".join(f"{line}\n" for line in kept))
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        atomic_text(path, "".join(x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= step))
 
 
 def start_wandb(config: Config, run_dir: Path):
@@ -392,18 +359,12 @@ def start_wandb(config: Config, run_dir: Path):
 
 @contextmanager
 def interrupted():
-    """Within it, Ctrl-C and SIGTERM only set a flag, so that a step is finished and the state saved."""
-    class Flag:
-        is_set = False
-
-    def handler(number, frame):
-        Flag.is_set = True
+    """Within it, Ctrl-C and SIGTERM only join the list it gives, so that a step is finished and the state saved."""
+    came, before = [], {}
+    with suppress(ValueError):  # not the main thread: signals are somebody else's
+        before = {s: signal.signal(s, lambda s, frame: came.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's
-        before = {}
-    try:
-        yield Flag
+        yield came
     finally:
         for s, old in before.items():
             signal.signal(s, old)
@@ -433,7 +394,3 @@ def main() -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

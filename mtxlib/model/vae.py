@@ -1,14 +1,12 @@
 """The model, in the order the data flows: Encoder, Bottleneck, Decoder, MusicVAE.
 
 What is unusual: the latent is a matrix z (B, S, C) whose rows are aligned with the music where the bottleneck is
-`rows` (a row a bar, half bar or beat), and the decoder may read it in two ways. `cross` attends over a memory made of
-all rows. `in` adds, before every layer, a projection of the row a token belongs to and of the next row, as in the
-in-attention of MuseMorphose (Wu & Yang 2021): the token that opens a row is predicted while its input still lies in
-the row before.
+`rows`, and the decoder may read it in two ways. `cross` attends over a memory made of all rows. `in` adds, before every
+layer, a projection of the row a token belongs to and of the next row, as in the in-attention of MuseMorphose (Wu & Yang
+2021): the token that opens a row is predicted while its input still lies in the row before.
 
 B batch, T tokens, D width (d_model), S latent rows, C latent channels, V vocabulary. Masks are predicates: `is_pad`
-(B, T), `is_live` (B, S) for latent rows that belong to the window, `may_attend` in attention. Without padding a window
-gives the same numbers as with it.
+(B, T), `is_live` (B, S) for latent rows that belong to the window. Padding changes no number.
 """
 
 import math
@@ -19,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtxlib.config import PAD, SLOTS_PER_BAR, ModelConfig
-from mtxlib.model.layers import Cache, DecoderBlock, EncoderBlock, attend, split_heads
+from mtxlib.model.layers import Cache, DecoderBlock, EncoderBlock, angles, attend, split_heads
 from mtxlib.model.prior import RowPrior
 
 LOGVAR_RANGE = (-8.0, 4.0)  # keeps exp(logvar) sane in bf16; a posterior this narrow costs 3.5 nats a dimension
@@ -68,24 +66,24 @@ class Encoder(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Encoder states -> posterior; z -> memory. The rows of z are found by `row_of`."""
+    """Encoder states -> posterior; z -> memory. Each kind has a `pool`: h (B, T, D), slots, is_pad (B, T) -> a state a
+    row (B, S, D), is_live (B, S)."""
+
+    stride = 2**62  # tokens a row: all of a window
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head = nn.Linear(config.d_model, 2 * config.latent_channels)
         self.to_memory = nn.Linear(config.latent_channels, config.d_model) if config.condition != "in" else None
 
-    def pool(self, h: Tensor, slots: Tensor, is_pad: Tensor) -> tuple[Tensor, Tensor]:
-        """h (B, T, D) -> one state a row (B, S, D), is_live (B, S)."""
-        raise NotImplementedError
-
     def row_of(self, slots: Tensor, start: int = 0) -> Tensor:
         """The latent row of each token, (B, T); `start` is the index of the first of them in its window."""
-        raise NotImplementedError
+        index = torch.arange(start, start + slots.shape[1], device=slots.device)
+        return (index // self.stride).expand(slots.shape)
 
     def n_rows(self, n_tokens: int) -> int:
         """Latent rows of a window of so many tokens."""
-        raise NotImplementedError
+        return -(-n_tokens // self.stride)
 
     def live_rows(self, z: Tensor) -> Tensor:
         """Which rows (B, S) of a latent that was filled up with zero rows to a common S carry music."""
@@ -98,23 +96,19 @@ class Bottleneck(nn.Module):
 
     def memory(self, z: Tensor, is_live: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, S, C) -> what cross attention looks at (B, K, D), and which of it is there (B, K)."""
-        m = self.to_memory(z)
-        return m + sinusoid(m.shape[1], m.shape[2], m), is_live
+        return self.to_memory(z), is_live
 
 
 class Rows(Bottleneck):
-    """One row a bar, half bar or beat: attention pooling over the tokens that stand in it.
-
-    Each row has a query of its own place; beside the row's tokens it may look at one learned null token, so that a row
-    without onsets is coded as such. Rows beyond a shorter metre are empty; what a longer bar has beyond 16 sixteenths
-    goes to its last row.
+    """One row a bar, half bar or beat: attention pooling over the tokens that stand in it. The query of a row is that
+    of its place; beside the row's tokens it may look at one learned null token, so that a row without onsets, such as
+    those beyond a shorter metre, is coded as such. What a longer bar has beyond 16 sixteenths goes to its last row.
     """
 
     def __init__(self, config: ModelConfig, n_slots: int):
         super().__init__(config)
         self.slots_per_row = SLOTS_PER_BAR // config.rows_per_bar
-        self.rows = n_slots // self.slots_per_row
-        self.n_heads = config.n_heads
+        self.rows, self.n_heads = n_slots // self.slots_per_row, config.n_heads
         self.query = nn.Parameter(0.02 * torch.randn(self.rows, config.d_model))
         self.null = nn.Parameter(0.02 * torch.randn(config.d_model))
         self.kv = nn.Linear(config.d_model, 2 * config.d_model, bias=False)
@@ -132,7 +126,7 @@ class Rows(Bottleneck):
         may_attend = row[:, None, :] == torch.arange(self.rows, device=h.device)[:, None]        # (B, S, T)
         may_attend = F.pad(may_attend, (1, 0), value=True)[:, None]                              # (B, 1, S, 1 + T)
         h = torch.cat([self.null.to(h.dtype).expand(B, 1, -1), h], dim=1)                        # (B, 1 + T, D)
-        k, v = (split_heads(x, self.n_heads) for x in self.kv(h).chunk(2, dim=-1))               # (B, H, 1 + T, D / H)
+        k, v = split_heads(self.kv(h), 2 * self.n_heads).chunk(2, dim=1)                         # (B, H, 1 + T, D / H)
         q = split_heads(self.query.to(k.dtype).expand(B, -1, -1), self.n_heads)                  # (B, H, S, D / H)
         pooled = self.norm(attend(q, k, v, may_attend))                                          # (B, S, D)
         return pooled, torch.ones(B, self.rows, dtype=torch.bool, device=h.device)
@@ -140,27 +134,19 @@ class Rows(Bottleneck):
 
 class Conv(Bottleneck):
     """Strided convolutions over time to a matrix and back: ceil(T / stride) rows, any length, no weight depends on it.
+    With stride 1 there are none: a row a token, the widest latent, an upper bound for all others. Padding is zeroed
+    before every convolution, so what lies beyond the last token looks like the edge."""
 
-    Padding is zeroed before every convolution, so what lies beyond the last token looks like the edge.
-    """
-
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, stride: int):
         super().__init__(config)
-        self.stride, D = config.conv_stride, config.d_model
-        halvings = int(math.log2(self.stride))
+        self.stride, D = stride, config.d_model
+        halvings = int(math.log2(stride))
         self.down = nn.ModuleList(nn.Conv1d(D, D, kernel_size=4, stride=2, padding=1) for _ in range(halvings))
         self.up = nn.ModuleList(nn.ConvTranspose1d(D, D, kernel_size=4, stride=2, padding=1)
                                 for _ in range(halvings if self.to_memory else 0))
 
-    def row_of(self, slots: Tensor, start: int = 0) -> Tensor:
-        index = torch.arange(start, start + slots.shape[1], device=slots.device)
-        return (index // self.stride).expand(slots.shape)
-
     def live_rows(self, z: Tensor) -> Tensor:
         return (z != 0).any(-1)
-
-    def n_rows(self, n_tokens: int) -> int:
-        return -(-n_tokens // self.stride)
 
     def pool(self, h: Tensor, slots: Tensor, is_pad: Tensor) -> tuple[Tensor, Tensor]:
         extra = -h.shape[1] % self.stride
@@ -176,8 +162,7 @@ class Conv(Bottleneck):
         for conv in self.up:
             is_live = is_live.repeat_interleave(2, dim=1)
             x = F.gelu(conv(x)) * is_live[:, None]
-        m = x.transpose(1, 2)
-        return m + sinusoid(m.shape[1], m.shape[2], m), is_live
+        return x.transpose(1, 2), is_live
 
 
 class Linear1d(Bottleneck):
@@ -189,12 +174,6 @@ class Linear1d(Bottleneck):
         self.narrow = nn.Linear(config.d_model, narrow)
         self.flat = nn.Linear(config.max_tokens * narrow, config.d_model)
 
-    def row_of(self, slots: Tensor, start: int = 0) -> Tensor:
-        return torch.zeros_like(slots)
-
-    def n_rows(self, n_tokens: int) -> int:
-        return 1
-
     def pool(self, h: Tensor, slots: Tensor, is_pad: Tensor) -> tuple[Tensor, Tensor]:
         if h.shape[1] > self.max_tokens and not is_pad[:, self.max_tokens:].all():
             raise ValueError(f"linear1d: expected at most max_tokens = {self.max_tokens} tokens, got {h.shape[1]}")
@@ -204,26 +183,12 @@ class Linear1d(Bottleneck):
         return F.gelu(self.flat(x))[:, None], torch.ones(len(h), 1, dtype=torch.bool, device=h.device)
 
 
-class Linear2d(Bottleneck):
-    """A row a token: the widest latent, an upper bound for all others."""
-
-    def row_of(self, slots: Tensor, start: int = 0) -> Tensor:
-        return torch.arange(start, start + slots.shape[1], device=slots.device).expand(slots.shape)
-
-    def live_rows(self, z: Tensor) -> Tensor:
-        return (z != 0).any(-1)
-
-    def n_rows(self, n_tokens: int) -> int:
-        return n_tokens
-
-    def pool(self, h: Tensor, slots: Tensor, is_pad: Tensor) -> tuple[Tensor, Tensor]:
-        return h, ~is_pad
-
-
 def make_bottleneck(config: ModelConfig, n_slots: int) -> Bottleneck:
     if config.bottleneck == "rows":
         return Rows(config, n_slots)
-    return {"conv": Conv, "linear1d": Linear1d, "linear2d": Linear2d}[config.bottleneck](config)
+    if config.bottleneck == "linear1d":
+        return Linear1d(config)
+    return Conv(config, stride=config.conv_stride if config.bottleneck == "conv" else 1)
 
 
 class Decoder(nn.Module):
@@ -232,9 +197,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, n_slots: int):
         super().__init__()
         condition = "nothing" if config.bottleneck == "none" else config.condition
+        cross = condition in ("cross", "both")
         self.embedding = Embedding(vocab_size, n_slots, config.d_model)
-        self.blocks = nn.ModuleList(DecoderBlock(config.d_model, config.n_heads, config.dropout,
-                                                 cross=condition in ("cross", "both"))
+        self.blocks = nn.ModuleList(DecoderBlock(config.d_model, config.n_heads, config.dropout, cross)
                                     for _ in range(config.dec_layers))
         self.add_rows = nn.ModuleList(nn.Linear(2 * config.latent_channels, config.d_model, bias=False)
                                       for _ in range(config.dec_layers if condition in ("in", "both") else 0))
@@ -276,7 +241,7 @@ class MusicVAE(nn.Module):
         """ids, slots (B, T) -> the posterior of z, (B, S, C); without a bottleneck S is 0."""
         if self.encoder is None:
             empty = torch.zeros(len(ids), 0, self.config.latent_channels, device=ids.device)
-            return Posterior(empty, empty, torch.ones(len(ids), 0, dtype=torch.bool, device=ids.device))
+            return Posterior(empty, empty, empty.any(-1))
         is_pad = ids == PAD
         return self.bottleneck(self.encoder(ids, slots, is_pad), slots, is_pad)
 
@@ -291,7 +256,7 @@ class MusicVAE(nn.Module):
     def decode(self, ids: Tensor, slots: Tensor, z: Tensor, is_live: Tensor) -> Tensor:
         """Teacher forcing: ids, slots (B, T) -> logits (B, T, V) of the tokens that follow."""
         z, memory, may_attend = self.tell(z, is_live)
-        rows = self.rows_at(z, slots, 0) if self.decoder.add_rows else None
+        rows = self.rows_at(z, slots) if self.decoder.add_rows else None
         added = [project(rows) for project in self.decoder.add_rows]
         return self.decoder(ids, slots, added, memory, may_attend)
 
@@ -302,9 +267,8 @@ class MusicVAE(nn.Module):
         posterior = self.encode(enc_ids, slots)                                                  # (B, S, C)
         z = self.reparameterize(posterior)                                                       # (B, S, C)
         logits = self.decode(dec_ids[:, :-1], slots[:, :-1], z, posterior.is_live)               # (B, T - 1, V)
-        if self.prior is None:
-            return Output(logits, posterior, z)
-        return Output(logits, posterior, z, self.prior.window_nats(z), self.prior.window_nats(z.detach()))
+        nats = [] if self.prior is None else map(self.prior.window_nats, (z, z.detach()))
+        return Output(logits, posterior, z, *nats)
 
     def sample_prior(self, n: int, n_rows: int, generator: torch.Generator) -> Tensor:
         """n latents (n, S, C) from the prior that the model was trained with."""
@@ -322,6 +286,7 @@ class MusicVAE(nn.Module):
         if blocks[0].cross is None:
             return z, [None] * len(blocks), None
         memory, is_there = self.bottleneck.memory(z, is_live)
+        memory = memory + sinusoid(memory.shape[1], memory.shape[2], memory)
         return z, [block.cross.keys_values(memory) for block in blocks], is_there[:, None, None, :]
 
     def begin(self, z: Tensor, is_live: Tensor, size: int) -> Cache:
@@ -341,9 +306,9 @@ class MusicVAE(nn.Module):
         x = cache.read(self.decoder.embedding(ids, slots), added)[:, -1]
         return self.decoder.head(self.decoder.norm(x))
 
-    def rows_at(self, z: Tensor, slots: Tensor, start: int) -> Tensor:
+    def rows_at(self, z: Tensor, slots: Tensor) -> Tensor:
         """Each token's own row of z and the next, zeros after the last: (B, T, 2C)."""
-        return take_rows(with_next(z), self.bottleneck.row_of(slots, start))
+        return take_rows(with_next(z), self.bottleneck.row_of(slots))
 
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -369,7 +334,5 @@ def init_weights(module: nn.Module) -> None:
 
 def sinusoid(length: int, d_model: int, like: Tensor) -> Tensor:
     """Sines and cosines of positions 0 … length - 1 (Vaswani 2017), (length, D)."""
-    half = d_model // 2
-    period = 10_000 ** (torch.arange(half, device=like.device) / half)
-    angle = torch.arange(length, device=like.device)[:, None] / period
+    angle = angles(length, d_model, like.device)
     return torch.cat([angle.sin(), angle.cos()], dim=-1).to(like.dtype)

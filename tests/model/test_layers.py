@@ -16,7 +16,6 @@ from mtxlib.model.layers import (
     SelfAttention,
     attend,
     rotary,
-    rotation,
 )
 
 B, H, T, K, E = 3, 2, 5, 7, 8
@@ -70,7 +69,7 @@ def reference(weight, out):
 
 
 def test_self_attention_without_positions_is_torchs(monkeypatch):
-    monkeypatch.setattr(layers, "rotary", lambda x, by: x)
+    monkeypatch.setattr(layers, "rotary", lambda x: x)
     ours, x = SelfAttention(D, H), torch.randn(B, T, D)
     theirs = reference(ours.qkv.weight, ours.out.weight)
     is_pad = torch.arange(T) >= torch.tensor([[5], [2], [3]])
@@ -94,27 +93,25 @@ def test_rotary_turns_pairs_of_channels_as_complex_numbers():
     z = torch.complex(x[..., :E // 2], x[..., E // 2:])
     for t in range(T):
         for i in range(E // 2):
-            angle = (t + 3) * 10_000 ** (-2 * i / E)
+            angle = t * 10_000 ** (-2 * i / E)
             z[:, :, t, i] *= complex(math.cos(angle), math.sin(angle))
-    turned = rotary(x, rotation(3, 3 + T, E, x))
+    turned = rotary(x)
     torch.testing.assert_close(turned, torch.cat([z.real, z.imag], -1), atol=1e-5, rtol=1e-5)
 
 
 def test_scores_depend_on_the_distance_alone():
     q, k = torch.randn(E).expand(1, 1, 40, E), torch.randn(E).expand(1, 1, 40, E)
-    by = rotation(0, 40, E, q)
-    scores = (rotary(q, by) @ rotary(k, by).transpose(-1, -2))[0, 0]
+    scores = (rotary(q) @ rotary(k).transpose(-1, -2))[0, 0]
     for distance in range(-39, 40):
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=1e-4)
     assert scores[0].std() > 0.1, "and they do depend on it"
 
 
-def test_rotary_keeps_lengths_and_starts_anywhere():
+def test_rotary_keeps_lengths_and_what_stands_first():
     x = torch.randn(B, H, T, E)
-    turned = rotary(x, rotation(0, T, E, x))
+    turned = rotary(x)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
-    torch.testing.assert_close(turned[:, :, 2:], rotary(x[:, :, 2:], rotation(2, T, E, x)))
     torch.testing.assert_close(turned[:, :, 0], x[:, :, 0])
 
 

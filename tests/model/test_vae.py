@@ -255,7 +255,7 @@ def test_rows_at_gives_a_tokens_own_row_and_the_next():
     model = make("rows")  # 2 rows a bar, 8 slots a row
     z = torch.arange(1.0, 1 + 2 * 4 * C).view(2, 4, C)
     slots = torch.tensor([[0, 7, 8, 16, 24, 31], [31, 24, 23, 15, 1, 0]])
-    rows = model.rows_at(z, slots, 0)
+    rows = model.rows_at(z, slots)
     assert rows.shape == (2, 6, 2 * C)
     for i in range(2):
         for t in range(6):
@@ -271,7 +271,7 @@ def test_rows_of_the_other_bottlenecks_follow_the_tokens(bottleneck, rows):
     assert model.bottleneck.row_of(slots).tolist() == [rows]
     assert model.bottleneck.row_of(slots[:, 5:], start=5).tolist() == [rows[5:]]
     z = torch.cat([torch.randn(1, 3, C), torch.zeros(1, 9, C)], dim=1)
-    own = model.rows_at(z[:, :3], slots, 0)[0, :, :C]
+    own = model.rows_at(z[:, :3], slots)[0, :, :C]
     assert torch.equal(own, z[0, rows]), "where a decoding runs on beyond its latent, it reads zeros"
 
 
