@@ -9,8 +9,8 @@ from collections import Counter
 from itertools import pairwise
 
 import numpy as np
-import symusic
-from symusic import Score
+from symusic import Score, TextMeta, Tempo, TimeSignature, Track
+from symusic.core import NoteTickList
 
 TPQ, GRID = 480, 120  # ticks a quarter, ticks a 16th
 VELOCITY, TEMPO = 80, 120.0  # TEMPO, quarters a minute, is MIDI's own where a file has none
@@ -19,6 +19,7 @@ VOICES = {52: "Soprano", 53: "Alto", 54: "Tenor", 42: "Bass"}  # General MIDI pr
 METRES = {8: (3, 5, 6, 7, 9, 12), 4: (1, 2, 3, 4, 5, 6, 7)}  # denominator: numerators
 BY_LENGTH = {n * 16 // d: (n, d) for d in METRES for n in METRES[d]}  # 16ths a bar: metre, x/4 rather than x/8
 WINDOW_END = "end of the window"  # the text of a marker on a window's last bar line
+COMMON_TIME = TimeSignature(0, 4, 4)  # where no metre is given
 MAX_BEATS = 16  # longest note, in beats of its metre
 
 KEYS = {  # tonics and key profile: Krumhansl and Kessler 1982, Psychological Review 89(4)
@@ -36,11 +37,8 @@ PROFILES = (PROFILES - PROFILES.mean(1, keepdims=True)) / (PROFILES.std(1, keepd
 def key_fits(score: Score) -> dict[str, float]:
     """How the durations of the pitch classes correlate with the profile of each of the 24 keys, the best fit being the
     key (Krumhansl 1990, chapter 4); empty where nothing tells the keys apart."""
-    weights = np.zeros(12)
-    for t in score.tracks:
-        if not t.is_drum:
-            notes = t.notes.numpy()
-            weights += np.bincount(notes["pitch"] % 12, notes["duration"], minlength=12)
+    _, _, length, pitch = pitched(score).T
+    weights = np.bincount(pitch % 12, length, minlength=12)
     if not weights.std():
         return {}
     centred = weights - weights.mean()
@@ -68,10 +66,8 @@ def bar_starts(score: Score, end: int | None = None) -> list[int]:
 def window_bars(n_total: int, n_bars: int, hop: int) -> list[int]:
     """First bars of the windows of a piece: every `hop` bars, and one that ends with the piece. All are full where
     the piece is long enough."""
-    if n_total <= n_bars:
-        return [0]
-    starts = list(range(0, n_total - n_bars + 1, hop))
-    return starts if starts[-1] == n_total - n_bars else [*starts, n_total - n_bars]
+    last = max(0, n_total - n_bars)
+    return [*range(0, last, hop), last]
 
 
 def end_of(window: Score) -> int | None:
@@ -80,23 +76,29 @@ def end_of(window: Score) -> int | None:
     return ends[0] if ends and all(n.start < ends[0] for t in window.tracks for n in t.notes) else None
 
 
+def in_force(marks, begin: int, end: int, first):
+    """Of the tempos or metres of a score those of a stretch; `first` holds until there is one."""
+    return [*[first, *(m for m in marks if m.time <= begin)][-1:], *(m for m in marks if begin < m.time < end)]
+
+
+def add_notes(tracks: dict, window: Score, begin: int, end: int, shift: int) -> None:
+    """Notes that start in these ticks of a window, moved by `shift`, to the tracks by voice."""
+    for part in window.tracks:
+        track = tracks.setdefault((part.program, part.is_drum), Track(part.name, part.program, part.is_drum))
+        track.notes.extend(part.clip(begin, end, clip_end=False).shift_time(shift).notes)
+
+
 def cut(score: Score, starts: list[int], bar: int, n_bars: int) -> Score:
     """The window of `n_bars` bars from `bar` on: notes that start there, times counted from its first bar line."""
     begin, end = starts[bar], starts[min(bar + n_bars, len(starts) - 1)]
     window = Score(score.tpq)
-    in_force = [t.qpm for t in score.tempos if t.time <= begin][-1:] or [TEMPO]
-    window.tempos.append(symusic.Tempo(0, in_force[0]))
-    window.tempos.extend([symusic.Tempo(t.time - begin, t.qpm) for t in score.tempos if begin < t.time < end])
-    for track in score.tracks:
-        part = track.clip(begin, end, clip_end=False).shift_time(-begin)
-        if len(part.notes):
-            window.tracks.append(part)
-    before = [t for t in score.time_signatures if t.time <= begin] or [symusic.TimeSignature(0, 4, 4)]
-    window.time_signatures.append(symusic.TimeSignature(0, before[-1].numerator, before[-1].denominator))
-    for t in score.time_signatures:
-        if begin < t.time < end:
-            window.time_signatures.append(symusic.TimeSignature(t.time - begin, t.numerator, t.denominator))
-    window.markers.append(symusic.TextMeta(end - begin, WINDOW_END))
+    parts = [track.clip(begin, end, clip_end=False).shift_time(-begin) for track in score.tracks]
+    window.tracks.extend([part for part in parts if part.notes])
+    window.tempos.extend([Tempo(max(0, t.time - begin), t.qpm)
+                          for t in in_force(score.tempos, begin, end, Tempo(0, TEMPO))])
+    window.time_signatures.extend([TimeSignature(max(0, t.time - begin), t.numerator, t.denominator)
+                                   for t in in_force(score.time_signatures, begin, end, COMMON_TIME)])
+    window.markers.append(TextMeta(end - begin, WINDOW_END))
     return window
 
 
@@ -105,11 +107,8 @@ def join(windows: list[Score], bars: list[int], n_bars: int, starts: list[int]) 
     out, tracks, given = Score(windows[0].tpq), {}, 0
     for window, bar in zip(windows, bars, strict=True):
         begin, end = starts[max(bar, given)], starts[min(bar + n_bars, len(starts) - 1)]
+        add_notes(tracks, window, begin - starts[bar], end - starts[bar], starts[bar])
         given = bar + n_bars
-        for part in window.tracks:
-            empty = symusic.Track(part.name, part.program, part.is_drum)
-            track = tracks.setdefault((part.program, part.is_drum), empty)
-            track.notes.extend(n for n in part.shift_time(starts[bar]).notes if begin <= n.start < end)
     out.tracks.extend(tracks.values())
     return out
 
@@ -124,15 +123,11 @@ def chain(windows: list[Score], spans: list[tuple[int, int]]) -> Score:
         bar = lines[-1] - lines[-2] if len(lines) > 1 else 4 * window.tpq
         lines += [lines[-1] + bar * (i + 1) for i in range(last + 1 - len(lines))]
         begin, until, shift = lines[first], lines[last], end - lines[first]
-        for part in window.tracks:
-            empty = symusic.Track(part.name, part.program, part.is_drum)
-            track = tracks.setdefault((part.program, part.is_drum), empty)
-            track.notes.extend(part.clip(begin, until, clip_end=False).shift_time(shift).notes)
-        metres = [(t.time, t.numerator, t.denominator) for t in window.time_signatures] or [(0, 4, 4)]
-        in_force = [metre for metre in metres if metre[0] <= begin][-1:]
-        for time, *metre in in_force + [metre for metre in metres if begin < metre[0] < until]:
+        add_notes(tracks, window, begin, until, shift)
+        for t in in_force(window.time_signatures, begin, until, COMMON_TIME):
+            metre = t.numerator, t.denominator
             if metre != last_metre:
-                out.time_signatures.append(symusic.TimeSignature(max(time, begin) + shift, *metre))
+                out.time_signatures.append(TimeSignature(max(t.time, begin) + shift, *metre))
                 last_metre = metre
         end += until - begin
     for track in tracks.values():
@@ -144,7 +139,7 @@ def chain(windows: list[Score], spans: list[tuple[int, int]]) -> Score:
                 note.duration = min(note.duration, following.start - note.start)
         for note in notes:
             note.duration = min(note.duration, end - note.start)
-        track.notes = symusic.core.NoteTickList(notes)
+        track.notes = NoteTickList(notes)
     out.tracks.extend(tracks.values())
     out.tempos.extend(windows[0].tempos)
     return out
@@ -173,6 +168,12 @@ def notes_of(score: Score) -> np.ndarray:
     return notes[np.lexsort(notes.T[::-1])]
 
 
+def pitched(score: Score) -> np.ndarray:
+    """Notes (N, 4) without drums."""
+    notes = notes_of(score)
+    return notes[notes[:, 0] >= 0]
+
+
 def sounding(notes: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which of the notes (N, 4) sounds at which of the times (T,), in steps and ascending: indices of both, (M,)
     each."""
@@ -180,18 +181,6 @@ def sounding(notes: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarr
     often = last - first
     which = np.repeat(np.arange(len(notes)), often)
     return which, np.arange(len(which)) + np.repeat(last - often.cumsum(), often)
-
-
-def roll(score: Score, voices: list[int], steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Piano roll, (V, T, 128) booleans each: which pitches sound in the first `steps` steps, and which begin."""
-    sounds, begins = np.zeros((2, len(voices), steps, 128), bool)
-    notes = notes_of(score)
-    notes = notes[np.isin(notes[:, 0], voices) & (notes[:, 1] < steps)]
-    voice = np.array([voices.index(v) for v in notes[:, 0].tolist()], int)
-    which, when = sounding(notes, np.arange(steps))
-    sounds[voice[which], when, notes[which, 3]] = True
-    begins[voice, notes[:, 1], notes[:, 3]] = True
-    return sounds, begins
 
 
 def bar_lines(score: Score) -> np.ndarray:
