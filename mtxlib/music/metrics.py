@@ -2,15 +2,14 @@
 
 What is unusual: what a good piece is, the real ones say. A rule that they do not keep binds nobody, and a measure that
 means nothing for them is nan (`undefined` says why): parallels are for voices of one note at a time, not for hands.
-Notes are taken as arrays (`score.notes_of`), as many at once as there are; a *chord* is what sounds where some voice
-begins a note. Drums are left out, but for the silence of a bar.
+A *chord* is what sounds where some voice begins a note. Drums are left out, but for the silence of a bar.
 
-N notes, V voices from the highest mean pitch of the real pieces to the lowest, K chords.
+N notes (`score.notes_of`), V voices from the highest mean pitch of the real pieces to the lowest, K chords.
 """
 
 from collections import Counter
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement, compress
 
 import numpy as np
 from symusic import Score
@@ -25,7 +24,9 @@ from mtxlib.music.score import (
     cut,
     key_fits,
     key_of,
+    note_counts,
     notes_of,
+    pitched,
     sounding,
     voices_of,
     window_bars,
@@ -38,6 +39,7 @@ MOST = 0.95  # the share of the real pieces that makes a rule
 RULES = ("all have the same voices", "every voice has one note at a time", "no bar is silent",
          "all voices stop together")
 TRIADS = ({0, 3}, {0, 3, 7}, {0, 4}, {0, 4, 7})  # semitones above the root; the fifth may be missing
+DISSONANT = (1, 2, 6, 10, 11)  # semitones, modulo 12: seconds, sevenths and the tritone, as in Huron 1994
 
 
 def judge(pieces: list[Score], real: list[Score]) -> dict[str, float]:
@@ -68,18 +70,19 @@ def judge(pieces: list[Score], real: list[Score]) -> dict[str, float]:
     ours, theirs, reasons = histograms(pieces), histograms(real), undefined(real)
     voices, last, (rules, choir) = from_the_highest(real), stopping(real), rules_of(real)
     chords = [] if "voice_crossing" in reasons else [chords_of(score, voices) for score in pieces]
-    n_chords = sum(chord.shape[1] for chord in chords)
+    n_chords = max(1, sum(x.shape[1] for x in chords))
     changes, (within, across) = max(1, n_chords - len(chords)), similarity(pieces)
     return {
         **{f"oa_{name}": float(np.minimum(ours[name], theirs[name]).sum()) for name in ours},
-        "voice_crossing": float(sum(crossings(chord).sum() for chord in chords) / max(1, n_chords)),
-        "parallel_fifths": 100 * sum(parallels(chord, 7) for chord in chords) / changes,
-        "parallel_octaves": 100 * sum(parallels(chord, 0) for chord in chords) / changes,
+        "voice_crossing": float(sum(((x[:-1] < x[1:]) & (x[:-1] > 0)).any(0).sum() for x in chords) / n_chords),
+        "parallel_fifths": 100 * sum(parallels(x, 7) for x in chords) / changes,
+        "parallel_octaves": 100 * sum(parallels(x, 0) for x in chords) / changes,
         "key_stability": mean([near for score in pieces for near in is_near_key(score)]),
         "similarity_within": within, "similarity_across": across,
         "tonic_ending": mean([ends_on_tonic(score, last) for score in pieces]),
         "cadence": mean([closes(score, last) for score in pieces]),
-        "wellformed": mean([is_wellformed(score, rules, choir) for score in pieces]),
+        "wellformed": mean([set(note_counts(score).values()) == {1} and rules <= rules_kept(score, choir)
+                            for score in pieces]),
     } | dict.fromkeys(reasons, float("nan"))
 
 
@@ -98,14 +101,8 @@ def undefined(real: list[Score]) -> dict[str, str]:
     return {}
 
 
-def mean(values: list | np.ndarray) -> float:
-    return float(np.mean(values)) if len(values) else float("nan")
-
-
-def pitched(score: Score) -> np.ndarray:
-    """Notes (N, 4) without drums."""
-    notes = notes_of(score)
-    return notes[notes[:, 0] >= 0]
+def mean(values: list) -> float:
+    return float(np.mean(values)) if values else float("nan")
 
 
 def from_the_highest(scores: list[Score]) -> list[int]:
@@ -114,13 +111,14 @@ def from_the_highest(scores: list[Score]) -> list[int]:
 
 
 def chords_of(score: Score, voices: list[int]) -> np.ndarray:
-    """(V, K): the pitch of each voice in each chord, 0 for none."""
+    """(V, K): the pitch in each chord of those of the voices that the score has, 0 for none."""
     notes = pitched(score)
+    voices = [voice for voice in voices if voice in notes[:, 0]]
     notes = notes[np.isin(notes[:, 0], voices)]
     times = np.unique(notes[:, 1])
     which, when = sounding(notes, times)
     chords = np.zeros((len(voices), len(times)), int)
-    chords[list(map(voices.index, notes[which, 0].tolist())), when] = notes[which, 3]
+    chords[[voices.index(voice) for voice in notes[which, 0].tolist()], when] = notes[which, 3]
     return chords
 
 
@@ -143,33 +141,26 @@ def intervals(notes: np.ndarray, times: np.ndarray, weights: np.ndarray | float 
     """(128,): how many pairs of notes sound so many semitones apart at `times`, each counted by the time's weight."""
     which, when = sounding(notes, times)
     counts = np.bincount(when * 128 + notes[which, 3], minlength=128 * len(times)).reshape(-1, 128).astype(float)
-    weighted = counts * np.broadcast_to(weights, len(times))[:, None]
-    pairs = counts.T @ weighted - np.diag(weighted.sum(0))  # each pair twice, none of a note with itself
+    weighted = counts.T * weights
+    pairs = weighted @ counts - np.diag(weighted.sum(1))  # each pair twice, none of a note with itself
     apart = np.abs(np.subtract.outer(np.arange(128), np.arange(128)))
     return np.bincount(apart.ravel(), pairs.ravel(), minlength=128) / 2
 
 
-def crossings(chords: np.ndarray) -> np.ndarray:
-    """Whether a voice lies below the next lower one that the piece has, for each of the chords (V, K)."""
-    chords = chords[chords.any(1)]
-    return ((chords[:-1] < chords[1:]) & (chords[:-1] > 0)).any(0)
-
-
 def parallels(chords: np.ndarray, interval: int) -> int:
     """How many pairs of voices of chords (V, K) move in one direction from this interval (modulo 12) to itself."""
-    step, found = np.diff(chords), 0
-    for a, b in combinations(np.flatnonzero(chords.any(1)), 2):
-        is_it = ((chords[a] - chords[b]) % 12 == interval) & (chords[a] > 0) & (chords[b] > 0)
-        found += (is_it[:-1] & is_it[1:] & (step[a] * step[b] > 0)).sum()
-    return int(found)
+    found = 0
+    for a, b in combinations(chords, 2):
+        is_it = ((a - b) % 12 == interval) & (a > 0) & (b > 0)
+        found += int((is_it[:-1] & is_it[1:] & (np.diff(a) * np.diff(b) > 0)).sum())
+    return found
 
 
 def is_near_key(score: Score) -> list[bool]:
     """For each stretch of four bars, two bars apart, that has notes."""
     starts, home = bar_starts(score), SIGNATURES.get(key_of(score), 0)
-    stretches = [cut(score, starts, bar, KEY_BARS) for bar in window_bars(len(starts) - 1, KEY_BARS, 2)]
-    keys = [key for key in map(key_of, stretches) if key]
-    return [(SIGNATURES[key] - home + 1) % 12 <= 2 for key in keys]
+    keys = [key_of(cut(score, starts, bar, KEY_BARS)) for bar in window_bars(len(starts) - 1, KEY_BARS, 2)]
+    return [(SIGNATURES[key] - home + 1) % 12 <= 2 for key in keys if key]
 
 
 def bars_of(scores: list[Score]) -> tuple[np.ndarray, np.ndarray]:
@@ -181,10 +172,9 @@ def bars_of(scores: list[Score]) -> tuple[np.ndarray, np.ndarray]:
         bar = np.searchsorted(lines, onset, side="right") - 1
         note = ((onset - lines[bar]) * 128 + voice) * 12 + (pitch - tonic) % 12
         rows.append(np.stack([np.full(len(bar), i), bar, note], 1))
-    score, bar, note = np.unique(np.concatenate(rows), axis=0).T
-    number = np.cumsum(np.diff(score, prepend=-1).astype(bool) | np.diff(bar, prepend=-1).astype(bool)) - 1
-    return (np.stack([number, np.unique(note, return_inverse=True)[1]], 1),
-            score[np.flatnonzero(np.diff(number, prepend=-1))])
+    rows = np.unique(np.concatenate(rows), axis=0)
+    bars, number = np.unique(rows[:, :2], axis=0, return_inverse=True)
+    return np.stack([number.ravel(), np.unique(rows[:, 2], return_inverse=True)[1]], 1), bars[:, 0]
 
 
 def alike(bars: np.ndarray, some: range, others: range) -> np.ndarray:
@@ -199,20 +189,18 @@ def alike(bars: np.ndarray, some: range, others: range) -> np.ndarray:
     return shared / (x.sum(1)[:, None] + y.sum(1) - shared)
 
 
-def similarity(scores: list[Score]) -> tuple[float, float]:
+def similarity(scores: list[Score]) -> list[float]:
     """Mean similarity of two bars of one piece, and of two pieces, see `judge`; block by block, in bounded memory."""
     bars, piece = bars_of(scores)
     n, step = len(piece), max(1, min(int(CELLS**0.5), CELLS // (bars[:, 1].max(initial=0) + 1)))
-    blocks = [range(i, min(i + step, n)) for i in range(0, n, step)]
-    within = total = 0.0
-    for i, some in enumerate(blocks):
-        for others in blocks[i:]:
-            block, times = alike(bars, some, others), 1 if some is others else 2
-            is_same = piece[some.start:some.stop, None] == piece[others.start:others.stop]
-            within, total = within + times * block[is_same].sum(), total + times * block.sum()
-    n_within = int((np.bincount(piece) ** 2).sum()) if n else 0
-    return (float((within - n) / (n_within - n)) if n_within > n else float("nan"),  # no bar beside itself
-            float((total - within) / (n * n - n_within)) if n * n > n_within else float("nan"))
+    blocks, within, total = [range(i, min(i + step, n)) for i in range(0, n, step)], 0.0, 0.0
+    for some, others in combinations_with_replacement(blocks, 2):
+        block = alike(bars, some, others) * (1 if some is others else 2)
+        is_same = piece[some.start:some.stop, None] == piece[others.start:others.stop]
+        within, total = within + block[is_same].sum(), total + block.sum()
+    n_within = (np.bincount(piece) ** 2).sum()
+    pairs = np.array([n_within - n, n * n - n_within])  # no bar beside itself
+    return (np.array([within - n, total - within]) / np.where(pairs, pairs, np.nan)).tolist()
 
 
 def ends_on_tonic(score: Score, voices: list[int]) -> bool:
@@ -243,9 +231,8 @@ def rules_kept(score: Score, choir: frozenset[int] = frozenset()) -> set[str]:
     heard = np.searchsorted(begun, lines[1:]) - np.searchsorted(ended, lines[:-1], side="right")
     ends, voices = found[:, 1] + found[:, 2], set(found[:, 0].tolist())
     overlap = (found[1:, 1] < ends[:-1]) & (np.diff(found[:, 0]) == 0)
-    return {rule for rule, is_kept in zip(RULES, (
-        voices == choir, not overlap.any(), heard.all(),
-        voices == set(found[ends == ends.max(initial=0), 0].tolist())), strict=True) if is_kept}
+    stopping_last = set(found[ends == ends.max(initial=0), 0].tolist())
+    return set(compress(RULES, (voices == choir, not overlap.any(), heard.all(), voices == stopping_last)))
 
 
 def choir_of(scores: list[Score]) -> frozenset[int]:
@@ -268,17 +255,6 @@ def stopping(scores: list[Score]) -> list[int]:
     """The voices that an ending needs: those that most have, where most stop in all their voices together."""
     together = [RULES[3] in rules_kept(score) for score in scores]
     return sorted(choir_of(scores)) if sum(together) > len(scores) / 2 else []
-
-
-def is_wellformed(score: Score, rules: set[str], choir: frozenset[int]) -> bool:
-    """See `judge` and `rules_of`."""
-    places = notes_of(score)[:, [0, 1, 3]]
-    is_single = len(np.unique(places, axis=0)) == len(places) > 0
-    return is_single and rules <= rules_kept(score, choir)
-
-
-DISSONANT = (1, 2, 6)  # interval classes: seconds, sevenths and the tritone, the dissonant ones of Huron 1994
-MAJOR_SCALE = (0, 2, 4, 5, 7, 9, 11)  # semitones above the tonic
 
 
 def note_density(score: Score) -> float:
@@ -312,11 +288,8 @@ def major(score: Score) -> float:
 
 def dissonance(score: Score) -> float:
     """Share of dissonant intervals among those of all two notes that sound together, each weighted by its duration."""
-    times, long = moments(notes := pitched(score))
-    found = intervals(notes, times, long)
-    classes = np.arange(128) % 12
-    is_dissonant = np.isin(np.minimum(classes, 12 - classes), DISSONANT)
-    return float(found[is_dissonant].sum() / found.sum()) if found.any() else np.nan
+    found = intervals(notes := pitched(score), *moments(notes))
+    return float(found[np.isin(np.arange(128) % 12, DISSONANT)].sum() / found.sum()) if found.any() else np.nan
 
 
 def moments(notes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -328,9 +301,3 @@ def moments(notes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 ATTRIBUTES: dict[str, Callable[[Score], float]] = {  # of one window; nan where it has no notes to tell it from
     "note density": note_density, "register": register, "voice spread": voice_spread, "major": major,
     "dissonance": dissonance}
-
-
-def in_key(sounds: np.ndarray) -> float:
-    """Largest share of a piano roll (V, T, 128) without drums, in notes and time, that lies in one diatonic scale."""
-    classes = np.bincount(np.arange(128) % 12, sounds.sum((0, 1)))
-    return max(classes[(np.array(MAJOR_SCALE) + tonic) % 12].sum() for tonic in range(12)) / max(1, classes.sum())
