@@ -7,11 +7,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,11 +18,10 @@ from torch import Tensor
 
 from mtxlib.files import atomic, digest
 from mtxlib.latent.interpolate import slerp
-from mtxlib.music.metrics import ATTRIBUTES, major
+from mtxlib.music.metrics import major
 from mtxlib.music.score import KEYS, key_of
 
 PARALLEL = {"major": {4: -1, 9: -1}, "minor": {3: 1, 8: 1, 10: 1}}  # what to add to a degree to change the mode
-POSITIONS = (-3, -2, -1, 0, 1, 2, 3)  # of a slider, see `Directions.move`
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Directions:
         """Latents (S, C) or (N, S, C), moved by `amounts`, sensibly -3 to 3, and brought back to the length they had.
 
         One unit is a third of the length of a latent; the attribute of the decoded music follows by half a standard
-        deviation to one (`responses` measures it). Three units turn a latent by 45 degrees. `major` is moved first, by
+        deviation to one (notebook 06 measures it). Three units turn a latent by 45 degrees. `major` is moved first, by
         `change_mode` where there is one: three units are all the way to the parallel mode. Raises ValueError for a name
         that is no attribute and for latents of another shape.
         """
@@ -129,25 +126,3 @@ def load_directions(path: Path, weights: Path) -> Directions | None:
             return Directions(json.loads(metadata["names"]), f.get_tensor("vectors").float(), f.get_tensor("sd"))
     except (KeyError, SafetensorError, ValueError) as e:
         raise ValueError(f"{path}: expected directions saved by mtxlib, got something else ({e})") from e
-
-
-def responses(run, directions: Directions, windows: list[Score], positions=POSITIONS) -> pd.DataFrame:
-    """Attributes of what is decoded, greedily, with each slider at each position: rows (slider, position, window),
-    columns the attributes in standard deviations, and `notes`, their number."""
-    z = run.encode_windows(windows)
-    moved = [directions.move(z, {name: position}) for name, position in product(directions.names, positions)]
-    different, number = torch.cat(moved).unique(dim=0, return_inverse=True)  # at 0 all sliders are the same
-    scores = run.decode(different)
-    values = np.array([[ATTRIBUTES[name](score) for name in directions.names] for score in scores])
-    index = pd.MultiIndex.from_product([directions.names, positions, range(len(windows))],
-                                       names=["slider", "position", "window"])
-    frame = pd.DataFrame(values[number] / directions.sd.numpy(), index, directions.names)
-    return frame.assign(notes=np.array([score.note_num() for score in scores])[number])
-
-
-def leakage(responses: pd.DataFrame) -> pd.DataFrame:
-    """Mean over the windows of Spearman's rho between a slider's position and each attribute, 0 where nothing changes:
-    rows sliders, columns attributes. The diagonal is what was asked for, the rest is leakage."""
-    attributes = responses.drop(columns="notes").reset_index("position")
-    rho = attributes.groupby(["slider", "window"], sort=False).apply(lambda x: x.rank().corr()["position"])
-    return rho.drop(columns="position").fillna(0).groupby("slider", sort=False).mean()

@@ -9,7 +9,7 @@ from collections import Counter
 from itertools import pairwise
 
 import numpy as np
-from symusic import Score, TextMeta, Tempo, TimeSignature, Track
+from symusic import Score, Tempo, TextMeta, TimeSignature, Track
 from symusic.core import NoteTickList
 
 TPQ, GRID = 480, 120  # ticks a quarter, ticks a 16th
