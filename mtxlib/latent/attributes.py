@@ -6,7 +6,7 @@ N windows, S latent rows, C latent channels, A attributes.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,9 @@ from torch import Tensor
 from mtxlib.files import atomic, digest
 from mtxlib.latent.interpolate import slerp
 from mtxlib.music.metrics import major
-from mtxlib.music.score import KEYS, key_of
+from mtxlib.music.score import TONICS, key_of
 
+norm = partial(torch.linalg.matrix_norm, keepdim=True)  # of latents (..., S, C) as vectors: (..., 1, 1)
 PARALLEL = {"major": {4: -1, 9: -1}, "minor": {3: 1, 8: 1, 10: 1}}  # what to add to a degree to change the mode
 
 
@@ -34,10 +35,9 @@ class Directions:
     def move(self, z: Tensor, amounts: dict[str, float]) -> Tensor:
         """Latents (S, C) or (N, S, C), moved by `amounts`, sensibly -3 to 3, and brought back to the length they had.
 
-        One unit is a third of the length of a latent; the attribute of the decoded music follows by half a standard
-        deviation to one (notebook 06 measures it). Three units turn a latent by 45 degrees. `major` is moved first, by
-        `change_mode` where there is one: three units are all the way to the parallel mode. Raises ValueError for a name
-        that is no attribute and for latents of another shape.
+        One unit is a third of a latent's length, three turn it by 45 degrees; the attribute follows by half a standard
+        deviation to one a unit (notebook 06). `major` is moved first, by `change_mode` where there is one: three units
+        are the whole way. Raises ValueError for a name that is no attribute and for latents of another shape.
         """
         unknown = sorted(set(amounts) - set(self.names))
         if unknown or z.shape[-2:] != self.vectors.shape[1:]:
@@ -50,30 +50,24 @@ class Directions:
         return moved * norm(z) / norm(moved).clamp(min=1e-12)
 
 
-def norm(z: Tensor) -> Tensor:
-    """Lengths of latents (..., S, C) as vectors, (..., 1, 1)."""
-    return z.square().sum((-2, -1), keepdim=True).sqrt()
-
-
 def parallel(score: Score) -> Score:
     """The music in the parallel mode of its key: in major the third and the sixth are lowered, in minor these and the
     seventh raised, where they are minor. The leading tone stays, as in harmonic minor; so does music without a key."""
-    changed, (tonic, mode) = score.copy(), (key_of(score) or "C ").split(" ")
-    for note in (note for track in changed.tracks if mode and not track.is_drum for note in track.notes):
-        note.pitch += PARALLEL[mode].get((note.pitch - KEYS[mode][0].split().index(tonic)) % 12, 0)
+    changed, key = score.copy(), key_of(score)
+    steps = PARALLEL.get(key.split(" ")[-1], {})
+    for note in (note for track in changed.tracks if not track.is_drum for note in track.notes):
+        note.pitch += steps.get((note.pitch - TONICS.get(key, 0)) % 12, 0)
     return changed
 
 
 def change_mode(run, z: Tensor, amount: float) -> Tensor:
-    """Latents (S, C) or (N, S, C), turned towards major (amount up to 3) or minor (down to -3); what is there already
-    stays.
+    """Latents (S, C) or (N, S, C), turned towards major (amount up to 3) or minor (down to -3), if not there already.
 
     Which notes are to change depends on the tonic, so no one direction does it. This one is each window's own: from its
-    latent to that of what it decodes to, greedily, in the parallel mode. `slerp` changes the music half-way, all at
-    once, so the way is gone by the square root of the amount, and half of it is passed before the first unit.
+    latent to that of what it decodes to, greedily, in the parallel mode.
     """
     modes, others = other_modes(run, z)
-    alpha = min(1.0, abs(amount) / 3) ** 0.5
+    alpha = min(1.0, abs(amount) / 3) ** 0.5  # slerp changes the music all at once, half-way: before the first unit
     turned = [slerp(a, b, alpha) if mode * amount < 0 else a
               for a, b, mode in zip(z.reshape(others.shape), others, modes, strict=True)]
     return torch.stack(turned).view_as(z)
@@ -87,12 +81,11 @@ def other_modes(run, z: Tensor) -> tuple[list[float], Tensor]:
 
 
 def find(z: Tensor, values: np.ndarray, names: list[str]) -> Directions:
-    """Directions from latents z (N, S, C) and the attributes of their windows, values (N, A); an attribute that most
-    windows do not have, such as the spread of a single voice, is left out.
+    """Directions, a third as long as the mean latent, from latents z (N, S, C) and the attributes of their windows,
+    values (N, A); an attribute that most windows do not have, such as the spread of a single voice, is left out.
 
     z is regressed on all attributes together: what the latent does when one of them changes and the others stay (the
-    pattern of a forward model, not the weights of a filter: Haufe 2014, NeuroImage 87). All are made a third as long
-    as a latent is on average.
+    pattern of a forward model, not the weights of a filter: Haufe 2014, NeuroImage 87).
     """
     is_common = np.isfinite(values).mean(0) > 0.5
     is_told = np.isfinite(values[:, is_common]).all(1)

@@ -25,8 +25,7 @@ def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 
 def mix(a: Tensor, b: Tensor, alpha: float | Sequence[float], n_bars: int) -> Tensor:
-    """Between latents a and b (S, C) of one window: `slerp` of the whole matrix or, with `n_bars` alphas, of
-    each bar's rows by themselves.
+    """Between latents a and b (S, C) of a window: `slerp` of the matrix or, with `n_bars` alphas, of each bar's rows.
 
     Raises ValueError where the list has another length, or the rows do not follow the bars.
     """

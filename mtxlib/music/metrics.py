@@ -2,9 +2,8 @@
 
 What is unusual: what a good piece is, the real ones say. A rule that they do not keep binds nobody, and a measure that
 means nothing for them is nan (`undefined` says why): parallels are for voices of one note at a time, not for hands.
-A *chord* is what sounds where some voice begins a note. Drums are left out, but for the silence of a bar.
-
-N notes (`score.notes_of`), V voices from the highest mean pitch of the real pieces to the lowest, K chords.
+N notes (`score.notes_of`) are without drums, but for the silence of a bar; V voices go from the highest mean pitch of
+the real pieces to the lowest; a chord, of K, is what sounds where some voice begins a note.
 """
 
 from collections import Counter
@@ -28,7 +27,6 @@ from mtxlib.music.score import (
     notes_of,
     pitched,
     sounding,
-    voices_of,
     window_bars,
 )
 
@@ -72,6 +70,7 @@ def judge(pieces: list[Score], real: list[Score]) -> dict[str, float]:
     chords = [] if "voice_crossing" in reasons else [chords_of(score, voices) for score in pieces]
     n_chords = max(1, sum(x.shape[1] for x in chords))
     changes, (within, across) = max(1, n_chords - len(chords)), similarity(pieces)
+    tonic_ending, cadence = np.mean([ending(score, last) for score in pieces], axis=0).tolist()
     return {
         **{f"oa_{name}": float(np.minimum(ours[name], theirs[name]).sum()) for name in ours},
         "voice_crossing": float(sum(((x[:-1] < x[1:]) & (x[:-1] > 0)).any(0).sum() for x in chords) / n_chords),
@@ -79,8 +78,7 @@ def judge(pieces: list[Score], real: list[Score]) -> dict[str, float]:
         "parallel_octaves": 100 * sum(parallels(x, 0) for x in chords) / changes,
         "key_stability": mean([near for score in pieces for near in is_near_key(score)]),
         "similarity_within": within, "similarity_across": across,
-        "tonic_ending": mean([ends_on_tonic(score, last) for score in pieces]),
-        "cadence": mean([closes(score, last) for score in pieces]),
+        "tonic_ending": tonic_ending, "cadence": cadence,
         "wellformed": mean([set(note_counts(score).values()) == {1} and rules <= rules_kept(score, choir)
                             for score in pieces]),
     } | dict.fromkeys(reasons, float("nan"))
@@ -107,7 +105,7 @@ def mean(values: list) -> float:
 
 def from_the_highest(scores: list[Score]) -> list[int]:
     notes = np.concatenate([pitched(score) for score in scores])
-    return sorted((v for v in voices_of(scores) if v >= 0), key=lambda v: -notes[notes[:, 0] == v, 3].mean())
+    return sorted(set(notes[:, 0].tolist()), key=lambda voice: -notes[notes[:, 0] == voice, 3].mean())
 
 
 def chords_of(score: Score, voices: list[int]) -> np.ndarray:
@@ -125,16 +123,16 @@ def chords_of(score: Score, voices: list[int]) -> np.ndarray:
 def histograms(scores: list[Score]) -> dict[str, np.ndarray]:
     """Shares, (BINS,) each: MIDI pitches; durations and intervals between the onsets of a voice, in sixteenths;
     harmonic intervals, in semitones, of all two notes of all chords."""
-    counts = {name: np.zeros(BINS) for name in ("pitch", "duration", "onset_interval", "harmonic_interval")}
+    counts = np.zeros((4, BINS))
     for score in scores:
         notes = pitched(score)
         onsets = np.unique(notes[:, :2], axis=0)
         between = np.diff(onsets[:, 1])[np.diff(onsets[:, 0]) == 0]
-        for name, values in {"pitch": notes[:, 3], "duration": (notes[:, 2] // SIXTEENTH).clip(1),
-                             "onset_interval": between // SIXTEENTH}.items():
-            counts[name] += np.bincount(values.clip(max=BINS - 1), minlength=BINS)
-        counts["harmonic_interval"] += intervals(notes, np.unique(notes[:, 1]))
-    return {name: n / max(1, n.sum()) for name, n in counts.items()}
+        values = notes[:, 3], (notes[:, 2] // SIXTEENTH).clip(1), between // SIXTEENTH
+        counts[:3] += [np.bincount(x.clip(max=BINS - 1), minlength=BINS) for x in values]
+        counts[3] += intervals(notes, np.unique(notes[:, 1]))
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    return dict(zip(("pitch", "duration", "onset_interval", "harmonic_interval"), shares, strict=True))
 
 
 def intervals(notes: np.ndarray, times: np.ndarray, weights: np.ndarray | float = 1.0) -> np.ndarray:
@@ -203,25 +201,22 @@ def similarity(scores: list[Score]) -> list[float]:
     return (np.array([within - n, total - within]) / np.where(pairs, pairs, np.nan)).tolist()
 
 
-def ends_on_tonic(score: Score, voices: list[int]) -> bool:
-    """Whether the last chord is a triad of the tonic, see `judge`; `voices` have to sound until the end."""
-    notes, key = pitched(score), key_of(score)
+def ending(score: Score, voices: list[int]) -> tuple[bool, bool]:
+    """Whether the last chord is a triad of the tonic, and whether it is long and on a strong beat as well, see `judge`;
+    `voices` have to sound until the end."""
+    notes, lines, key = pitched(score), bar_lines(score), key_of(score)
     if not key:
-        return False
-    ends = notes[:, 1] + notes[:, 2]
-    last = notes[ends > notes[:, 1].max(), 3] - TONICS[key]
-    return bool(set(voices) <= set(notes[ends == ends.max(), 0].tolist()) and last.min() % 12 == 0
+        return False, False
+    ends, begin = notes[:, 1] + notes[:, 2], notes[:, 1].max()
+    last, bar = notes[ends > begin, 3] - TONICS[key], np.searchsorted(lines, begin, side="right") - 1
+    is_tonic = (set(voices) <= set(notes[ends == ends.max(), 0].tolist()) and last.min() % 12 == 0
                 and set((last % 12).tolist()) in TRIADS)
+    is_strong = (begin - lines[bar]) * 2 % (lines[bar + 1] - lines[bar]) == 0
+    return bool(is_tonic), bool(is_tonic and is_strong and ends.max() - begin >= STEPS)
 
 
 def closes(score: Score, voices: list[int]) -> bool:
-    """Whether the triad of the tonic at its end is long and on a strong beat, see `judge`."""
-    if not ends_on_tonic(score, voices):
-        return False
-    notes, lines = pitched(score), bar_lines(score)
-    last, end = notes[:, 1].max(), (notes[:, 1] + notes[:, 2]).max()
-    bar = np.searchsorted(lines, last, side="right") - 1
-    return bool((last - lines[bar]) * 2 % (lines[bar + 1] - lines[bar]) == 0 and end - last >= STEPS)
+    return ending(score, voices)[1]
 
 
 def rules_kept(score: Score, choir: frozenset[int] = frozenset()) -> set[str]:
@@ -237,7 +232,7 @@ def rules_kept(score: Score, choir: frozenset[int] = frozenset()) -> set[str]:
 
 def choir_of(scores: list[Score]) -> frozenset[int]:
     """The voices that most of the scores have, drums apart."""
-    have = Counter(voice for score in scores for voice in voices_of([score]) if voice >= 0)
+    have = Counter(voice for score in scores for voice in set(pitched(score)[:, 0].tolist()))
     return frozenset(voice for voice, n in have.items() if n > len(scores) / 2)
 
 
@@ -281,9 +276,8 @@ def voice_spread(score: Score) -> float:
 
 def major(score: Score) -> float:
     """How much better the best major key fits than the best minor key: difference of the correlations, see `key_of`."""
-    fits = key_fits(score)
-    best = [max(fit for key, fit in fits.items() if key.endswith(mode)) for mode in ("major", "minor") if fits]
-    return best[0] - best[1] if fits else np.nan
+    fits = list(key_fits(score).values())
+    return max(fits[:12]) - max(fits[12:]) if fits else np.nan
 
 
 def dissonance(score: Score) -> float:
@@ -299,5 +293,4 @@ def moments(notes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 ATTRIBUTES: dict[str, Callable[[Score], float]] = {  # of one window; nan where it has no notes to tell it from
-    "note density": note_density, "register": register, "voice spread": voice_spread, "major": major,
-    "dissonance": dissonance}
+    f.__name__.replace("_", " "): f for f in (note_density, register, voice_spread, major, dissonance)}

@@ -13,6 +13,7 @@ from symusic import Score, Tempo, TextMeta, TimeSignature, Track
 from symusic.core import NoteTickList
 
 TPQ, GRID = 480, 120  # ticks a quarter, ticks a 16th
+STEPS, SIXTEENTH = 24, 6  # steps, of notes as arrays, a quarter and a 16th: every grid goes evenly into them
 VELOCITY, TEMPO = 80, 120.0  # TEMPO, quarters a minute, is MIDI's own where a file has none
 TEMPI = (20, 400)  # what `tempos` bins, at equal ratios, reach from and to
 VOICES = {52: "Soprano", 53: "Alto", 54: "Tenor", 42: "Bass"}  # General MIDI programs, from 0
@@ -26,17 +27,16 @@ KEYS = {  # tonics and key profile: Krumhansl and Kessler 1982, Psychological Re
     "major": ("C Db D Eb E F F# G Ab A Bb B", (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88)),
     "minor": ("c c# d eb e f f# g g# a bb b", (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)),
 }
-SIGNATURES = {f"{tonic} {mode}": (7 * (i + 3 * (mode == "minor"))) % 12  # steps on the circle of fifths from C
-              for mode, (tonics, _) in KEYS.items() for i, tonic in enumerate(tonics.split())}
 TONICS = {f"{tonic} {mode}": i for mode, (tonics, _) in KEYS.items() for i, tonic in enumerate(tonics.split())}
+SIGNATURES = {key: 7 * (i + 3 * key.endswith("minor")) % 12 for key, i in TONICS.items()}  # fifths above C major's
 KEY_NAMES = (*TONICS, "")  # the last: unknown
 PROFILES = np.array([np.roll(profile, i) for _, profile in KEYS.values() for i in range(12)])  # (24, 12), as TONICS
 PROFILES = (PROFILES - PROFILES.mean(1, keepdims=True)) / (PROFILES.std(1, keepdims=True) * 12 ** 0.5)
 
 
 def key_fits(score: Score) -> dict[str, float]:
-    """How the durations of the pitch classes correlate with the profile of each of the 24 keys, the best fit being the
-    key (Krumhansl 1990, chapter 4); empty where nothing tells the keys apart."""
+    """How the durations of the pitch classes correlate with the profiles of the 24 keys, major ones first (Krumhansl
+    1990, chapter 4); empty where nothing tells the keys apart."""
     _, _, length, pitch = pitched(score).T
     weights = np.bincount(pitch % 12, length, minlength=12)
     if not weights.std():
@@ -64,8 +64,7 @@ def bar_starts(score: Score, end: int | None = None) -> list[int]:
 
 
 def window_bars(n_total: int, n_bars: int, hop: int) -> list[int]:
-    """First bars of the windows of a piece: every `hop` bars, and one that ends with the piece. All are full where
-    the piece is long enough."""
+    """First bars of a piece's windows: every `hop` bars, and one that ends with the piece; full ones where they can."""
     last = max(0, n_total - n_bars)
     return [*range(0, last, hop), last]
 
@@ -145,19 +144,8 @@ def chain(windows: list[Score], spans: list[tuple[int, int]]) -> Score:
     return out
 
 
-# -- notes as arrays, in steps of a 24th of a quarter, into which every grid goes evenly -------------------------------
-
-STEPS, SIXTEENTH = 24, 6  # steps a quarter, steps a sixteenth
-
-
-def voices_of(scores: list[Score]) -> list[int]:
-    """The programs of all tracks with notes, -1 for drums, in the order of the tracks, which is that of the tokens."""
-    return list(dict.fromkeys(-1 if t.is_drum else t.program for score in scores for t in score.tracks if t.notes))
-
-
 def notes_of(score: Score) -> np.ndarray:
-    """(N, 4) integers in ascending order: voice (program, -1 for drums), onset and length in steps, one at least,
-    pitch."""
+    """(N, 4) integers in ascending order: voice (program, -1 for drums), onset, length (at least 1) in steps, pitch."""
     rows = [np.zeros((0, 4), int)]
     for track in score.tracks:
         notes = {name: x.astype(int) for name, x in track.notes.numpy().items()}
@@ -175,8 +163,7 @@ def pitched(score: Score) -> np.ndarray:
 
 
 def sounding(notes: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the notes (N, 4) sounds at which of the times (T,), in steps and ascending: indices of both, (M,)
-    each."""
+    """Which of the notes (N, 4) sounds at which of the times (T,), steps that ascend: indices of both, (M,) each."""
     first, last = (np.searchsorted(times, at) for at in (notes[:, 1], notes[:, 1] + notes[:, 2]))
     often = last - first
     which = np.repeat(np.arange(len(notes)), often)

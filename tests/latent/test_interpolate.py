@@ -8,7 +8,6 @@ from symusic import Note, Score, Track
 
 from mtxlib.data.tokens import tokenize
 from mtxlib.latent.diagnose import diagnose
-from mtxlib.music.score import voices_of
 from mtxlib.run import load_run
 
 book = defined_in("06_interpolation")
@@ -64,7 +63,7 @@ def test_rolls_are_notes_again_on_every_grid_and_with_drums():
 def test_the_ends_of_a_crossfade_are_the_windows_and_between_each_column_is_of_one(run, pieces):
     a, b = book.pairs_of(run, 1, "train")[0]
     steps = book.steps_of(run, a, b)
-    draws, voices = np.random.default_rng(0).random(steps // 6), voices_of([a, b])
+    draws, voices = np.random.default_rng(0).random(steps // 6), book.voices_of([a, b])
     inside = [[n for n in notes(x) if n[0] + n[2] <= 20 * steps] for x in (a, b)]
     at_a, middle, at_b = book.crossfade(a, b, [0.0, 0.4, 1.0], draws)
     assert set(inside[0]) <= set(notes(at_a)) and set(inside[1]) <= set(notes(at_b))
