@@ -29,11 +29,8 @@ def mix(a: Tensor, b: Tensor, alpha: float | Sequence[float], n_bars: int) -> Te
 
     Raises ValueError where the list has another length, or the rows do not follow the bars.
     """
-    alpha = np.asarray(alpha).tolist()
-    if not isinstance(alpha, list):
-        return slerp(a, b, alpha)
-    if len(alpha) != n_bars or len(a) % n_bars:
+    alphas, n = np.atleast_1d(alpha).tolist(), n_bars if np.ndim(alpha) else 1
+    if len(alphas) != n or len(a) % n:
         raise ValueError(f"alpha: expected a number, or a list of {n_bars} (one a bar) for a latent with a multiple of "
-                         f"{n_bars} rows, got {len(alpha)} for {len(a)} rows")
-    bars = zip(a.chunk(n_bars), b.chunk(n_bars), alpha, strict=True)
-    return torch.cat([slerp(*bar) for bar in bars])
+                         f"{n_bars} rows, got {len(alphas)} for {len(a)} rows")
+    return torch.cat([slerp(*bar) for bar in zip(a.chunk(n), b.chunk(n), alphas, strict=True)])

@@ -7,7 +7,6 @@ the real pieces to the lowest; a chord, of K, is what sounds where some voice be
 """
 
 from collections import Counter
-from collections.abc import Callable
 from itertools import combinations, combinations_with_replacement, compress
 
 import numpy as np
@@ -31,7 +30,6 @@ from mtxlib.music.score import (
 )
 
 BINS = 128  # of every histogram; what lies beyond is counted in the last
-KEY_BARS = 4  # bars of the stretches whose key is compared with that of the piece
 CELLS = 2**21  # at most, of one block of bars compared with bars: 8 MB
 MOST = 0.95  # the share of the real pieces that makes a rule
 RULES = ("all have the same voices", "every voice has one note at a time", "no bar is silent",
@@ -70,17 +68,18 @@ def judge(pieces: list[Score], real: list[Score]) -> dict[str, float]:
     chords = [] if "voice_crossing" in reasons else [chords_of(score, voices) for score in pieces]
     n_chords = max(1, sum(x.shape[1] for x in chords))
     changes, (within, across) = max(1, n_chords - len(chords)), similarity(pieces)
+    stable = [is_near for score in pieces for is_near in is_near_key(score)]
     tonic_ending, cadence = np.mean([ending(score, last) for score in pieces], axis=0).tolist()
     return {
         **{f"oa_{name}": float(np.minimum(ours[name], theirs[name]).sum()) for name in ours},
         "voice_crossing": float(sum(((x[:-1] < x[1:]) & (x[:-1] > 0)).any(0).sum() for x in chords) / n_chords),
         "parallel_fifths": 100 * sum(parallels(x, 7) for x in chords) / changes,
         "parallel_octaves": 100 * sum(parallels(x, 0) for x in chords) / changes,
-        "key_stability": mean([near for score in pieces for near in is_near_key(score)]),
+        "key_stability": float(np.mean(stable)) if stable else float("nan"),
         "similarity_within": within, "similarity_across": across,
         "tonic_ending": tonic_ending, "cadence": cadence,
-        "wellformed": mean([set(note_counts(score).values()) == {1} and rules <= rules_kept(score, choir)
-                            for score in pieces]),
+        "wellformed": float(np.mean([set(note_counts(score).values()) == {1} and rules <= rules_kept(score, choir)
+                                     for score in pieces])),
     } | dict.fromkeys(reasons, float("nan"))
 
 
@@ -97,10 +96,6 @@ def undefined(real: list[Score]) -> dict[str, str]:
     if len(from_the_highest(real)) < 2 or np.mean([RULES[1] in rules_kept(score) for score in real]) < MOST:
         return dict.fromkeys(leading, "the real pieces do not have several voices of one note at a time each")
     return {}
-
-
-def mean(values: list) -> float:
-    return float(np.mean(values)) if values else float("nan")
 
 
 def from_the_highest(scores: list[Score]) -> list[int]:
@@ -157,7 +152,7 @@ def parallels(chords: np.ndarray, interval: int) -> int:
 def is_near_key(score: Score) -> list[bool]:
     """For each stretch of four bars, two bars apart, that has notes."""
     starts, home = bar_starts(score), SIGNATURES.get(key_of(score), 0)
-    keys = [key_of(cut(score, starts, bar, KEY_BARS)) for bar in window_bars(len(starts) - 1, KEY_BARS, 2)]
+    keys = [key_of(cut(score, starts, bar, 4)) for bar in window_bars(len(starts) - 1, 4, 2)]
     return [(SIGNATURES[key] - home + 1) % 12 <= 2 for key in keys if key]
 
 
@@ -292,5 +287,5 @@ def moments(notes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return times, np.diff(times, append=times[-1:])
 
 
-ATTRIBUTES: dict[str, Callable[[Score], float]] = {  # of one window; nan where it has no notes to tell it from
+ATTRIBUTES = {  # of one window; nan where it has no notes to tell it from
     f.__name__.replace("_", " "): f for f in (note_density, register, voice_spread, major, dissonance)}

@@ -31,7 +31,6 @@ TONICS = {f"{tonic} {mode}": i for mode, (tonics, _) in KEYS.items() for i, toni
 SIGNATURES = {key: 7 * (i + 3 * key.endswith("minor")) % 12 for key, i in TONICS.items()}  # fifths above C major's
 KEY_NAMES = (*TONICS, "")  # the last: unknown
 PROFILES = np.array([np.roll(profile, i) for _, profile in KEYS.values() for i in range(12)])  # (24, 12), as TONICS
-PROFILES = (PROFILES - PROFILES.mean(1, keepdims=True)) / (PROFILES.std(1, keepdims=True) * 12 ** 0.5)
 
 
 def key_fits(score: Score) -> dict[str, float]:
@@ -41,8 +40,7 @@ def key_fits(score: Score) -> dict[str, float]:
     weights = np.bincount(pitch % 12, length, minlength=12)
     if not weights.std():
         return {}
-    centred = weights - weights.mean()
-    return dict(zip(TONICS, (PROFILES @ (centred / np.linalg.norm(centred))).tolist(), strict=True))
+    return dict(zip(TONICS, np.corrcoef(weights, PROFILES)[0, 1:].tolist(), strict=True))
 
 
 def key_of(score: Score) -> str:
