@@ -1,7 +1,4 @@
-"""Directions in the latent that change one attribute of the music and leave the others, and how well they do.
-
-N windows, S latent rows, C latent channels, A attributes.
-"""
+"""Directions in the latent that change one attribute alone. N windows, S latent rows, C channels, A attributes."""
 
 import json
 from collections.abc import Callable
@@ -62,10 +59,8 @@ def parallel(score: Score) -> Score:
 
 def change_mode(run, z: Tensor, amount: float) -> Tensor:
     """Latents (S, C) or (N, S, C), turned towards major (amount up to 3) or minor (down to -3), if not there already.
-
     Which notes are to change depends on the tonic, so no one direction does it. This one is each window's own: from its
-    latent to that of what it decodes to, greedily, in the parallel mode.
-    """
+    latent to that of what it decodes to, greedily, in the parallel mode."""
     modes, others = other_modes(run, z)
     alpha = min(1.0, abs(amount) / 3) ** 0.5  # slerp changes the music all at once, half-way: before the first unit
     turned = [slerp(a, b, alpha) if mode * amount < 0 else a
@@ -83,10 +78,8 @@ def other_modes(run, z: Tensor) -> tuple[list[float], Tensor]:
 def find(z: Tensor, values: np.ndarray, names: list[str]) -> Directions:
     """Directions, a third as long as the mean latent, from latents z (N, S, C) and the attributes of their windows,
     values (N, A); an attribute that most windows do not have, such as the spread of a single voice, is left out.
-
     z is regressed on all attributes together: what the latent does when one of them changes and the others stay (the
-    pattern of a forward model, not the weights of a filter: Haufe 2014, NeuroImage 87).
-    """
+    pattern of a forward model, not the weights of a filter: Haufe 2014, NeuroImage 87)."""
     is_common = np.isfinite(values).mean(0) > 0.5
     is_told = np.isfinite(values[:, is_common]).all(1)
     z, values = z[torch.from_numpy(is_told)], values[is_told][:, is_common]
@@ -94,8 +87,7 @@ def find(z: Tensor, values: np.ndarray, names: list[str]) -> Directions:
     y = torch.from_numpy((values - values.mean(0)) / sd).float()
     vectors = torch.linalg.lstsq(y, (z - z.mean(0)).flatten(1)).solution.unflatten(1, z.shape[1:])
     vectors = vectors / norm(vectors).clamp(min=1e-12) * norm(z).mean() / 3
-    return Directions([name for name, there in zip(names, is_common, strict=True) if there], vectors,
-                      torch.from_numpy(sd).float())
+    return Directions(np.array(names)[is_common].tolist(), vectors, torch.from_numpy(sd).float())
 
 
 def save_directions(directions: Directions, path: Path, weights: Path) -> None:

@@ -8,11 +8,8 @@ from torch import Tensor
 
 
 def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """Spherical interpolation of latents of any shape, taken as one vector each (White 2016).
-
-    The angle is turned evenly, and the length goes evenly from one to the other: alpha 0 gives a, alpha 1 gives b,
-    exactly. Latents without an angle between them are mixed linearly.
-    """
+    """Spherical interpolation of latents of any shape, taken as one vector each (White 2016): angle and length go evenly
+    from a, exact at alpha 0, to b, exact at 1. Latents without an angle between them are mixed linearly."""
     if alpha in (0, 1):
         return (b if alpha else a).clone()
     na, nb = a.norm(), b.norm()
@@ -26,9 +23,7 @@ def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 def mix(a: Tensor, b: Tensor, alpha: float | Sequence[float], n_bars: int) -> Tensor:
     """Between latents a and b (S, C) of a window: `slerp` of the matrix or, with `n_bars` alphas, of each bar's rows.
-
-    Raises ValueError where the list has another length, or the rows do not follow the bars.
-    """
+    Raises ValueError where the list has another length, or the rows do not follow the bars."""
     alphas, n = np.atleast_1d(alpha).tolist(), n_bars if np.ndim(alpha) else 1
     if len(alphas) != n or len(a) % n:
         raise ValueError(f"alpha: expected a number, or a list of {n_bars} (one a bar) for a latent with a multiple of "

@@ -172,12 +172,10 @@ def bars_of(scores: list[Score]) -> tuple[np.ndarray, np.ndarray]:
 
 def alike(bars: np.ndarray, some: range, others: range) -> np.ndarray:
     """Shared notes over all notes of each two of the bars (`bars_of`) that these are the numbers of, as a matrix."""
-    def notes_in(numbers: range) -> np.ndarray:
+    x, y = (np.zeros((len(numbers), bars[:, 1].max(initial=0) + 1), np.float32) for numbers in (some, others))
+    for has, numbers in ((x, some), (y, others)):
         first, last = np.searchsorted(bars[:, 0], (numbers.start, numbers.stop))
-        has = np.zeros((len(numbers), bars[:, 1].max(initial=0) + 1), np.float32)
         has[bars[first:last, 0] - numbers.start, bars[first:last, 1]] = 1
-        return has
-    x, y = notes_in(some), notes_in(others)
     shared = (x @ y.T).astype(float)
     return shared / (x.sum(1)[:, None] + y.sum(1) - shared)
 

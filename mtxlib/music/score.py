@@ -1,5 +1,5 @@
-"""What a score is: bars, windows, joining, voices, keys, and its notes as arrays. Pure functions of a score, in the
-normal form that `music.normal` gives it.
+"""What a score is: bars, windows, joining, keys, and its notes as arrays. Pure functions of a score, in the normal form
+that `music.normal` gives it.
 
 A window is `n_bars` bars with the notes that start in them, with their full lengths, so that windows laid end to end
 are the piece again.
@@ -146,11 +146,12 @@ def notes_of(score: Score) -> np.ndarray:
     """(N, 4) integers in ascending order: voice (program, -1 for drums), onset, length (at least 1) in steps, pitch."""
     rows = [np.zeros((0, 4), int)]
     for track in score.tracks:
-        notes = {name: x.astype(int) for name, x in track.notes.numpy().items()}
-        onset, length = ((2 * STEPS * notes[x] + score.tpq) // (2 * score.tpq) for x in ("time", "duration"))
-        voice = np.full(len(onset), -1 if track.is_drum else track.program)
-        rows.append(np.stack([voice, onset, length.clip(1), notes["pitch"]], 1))
+        notes = track.notes.numpy()
+        voice = np.full(len(track.notes), -1 if track.is_drum else track.program)
+        rows.append(np.stack([voice, notes["time"], notes["duration"], notes["pitch"]], 1))
     notes = np.concatenate(rows)
+    notes[:, 1:3] = (2 * STEPS * notes[:, 1:3] + score.tpq) // (2 * score.tpq)
+    notes[:, 2] = notes[:, 2].clip(1)
     return notes[np.lexsort(notes.T[::-1])]
 
 
