@@ -57,5 +57,5 @@ def test_the_config_knows_the_sources_of_the_corpus():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there_is_told(run_dir):
-    with pytest.raises(ValueError, match="device: expected cpu, for torch finds no GPU that it can use, got 'cuda:1'"):
+    with pytest.raises(ValueError, match="device: expected cpu, for torch sees no GPU, got 'cuda:1'"):
         load_run(run_dir, "cuda:1")

@@ -210,7 +210,7 @@ def test_batches_of_a_resumed_run_are_those_of_an_uninterrupted_one(run_config, 
 
 def test_a_run_folder_holds_what_the_design_says(run_dir, run_config):
     assert {p.name for p in run_dir.iterdir()} == {"config.json", "metrics.jsonl", "model.safetensors", "state.pt",
-                                                   "tokenizer.json"}
+                                                   "tokenizer.json", ".lock"}
     assert Config.load(run_dir / "config.json") == run_config
 
 
@@ -482,7 +482,7 @@ def test_weights_that_are_no_numbers_never_become_the_checkpoint(what, run_confi
 
 
 def no_leftovers(folder):
-    return not [p for p in folder.iterdir() if p.name.startswith(".")]
+    return not [p for p in folder.iterdir() if p.name.startswith(".") and p.name != ".lock"]
 
 
 def test_a_failed_write_leaves_the_old_file(run_config, tmp_path, monkeypatch):
