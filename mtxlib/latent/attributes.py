@@ -31,11 +31,9 @@ class Directions:
 
     def move(self, z: Tensor, amounts: dict[str, float]) -> Tensor:
         """Latents (S, C) or (N, S, C), moved by `amounts`, sensibly -3 to 3, and brought back to the length they had.
-
         One unit is a third of a latent's length, three turn it by 45 degrees; the attribute follows by half a standard
         deviation to one a unit (notebook 06). `major` is moved first, by `change_mode` where there is one: three units
-        are the whole way. Raises ValueError for a name that is no attribute and for latents of another shape.
-        """
+        are the whole way. Raises ValueError for a name that is no attribute and for latents of another shape."""
         unknown = sorted(set(amounts) - set(self.names))
         if unknown or z.shape[-2:] != self.vectors.shape[1:]:
             raise ValueError(f"expected amounts of {', '.join(self.names)} and latents of "

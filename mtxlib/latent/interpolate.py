@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """Spherical interpolation of latents of any shape, taken as one vector each (White 2016): angle and length go evenly
-    from a, exact at alpha 0, to b, exact at 1. Latents without an angle between them are mixed linearly."""
+    """Spherical interpolation of latents of any shape, taken as one vector each (White 2016): angle and length go
+    evenly from a, exact at alpha 0, to b, exact at 1. Latents without an angle between them are mixed linearly."""
     if alpha in (0, 1):
         return (b if alpha else a).clone()
     na, nb = a.norm(), b.norm()

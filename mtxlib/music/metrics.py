@@ -226,7 +226,7 @@ def rules_kept(score: Score, choir: frozenset[int] = frozenset()) -> set[str]:
 def choir_of(scores: list[Score]) -> frozenset[int]:
     """The voices that most of the scores have, drums apart."""
     have = Counter(voice for score in scores for voice in set(pitched(score)[:, 0].tolist()))
-    return frozenset(voice for voice, n in have.items() if n > len(scores) / 2)
+    return frozenset(voice for voice in have if have[voice] > len(scores) / 2)
 
 
 def rules_of(real: list[Score]) -> tuple[set[str], frozenset[int]]:

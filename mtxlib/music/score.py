@@ -1,8 +1,7 @@
 """What a score is: bars, windows, joining, keys, and its notes as arrays. Pure functions of a score, in the normal form
 that `music.normal` gives it.
 
-A window is `n_bars` bars with the notes that start in them, with their full lengths, so that windows laid end to end
-are the piece again.
+A window is `n_bars` bars with the notes that start in them, in full length: laid end to end, windows are the piece.
 """
 
 from collections import Counter
