@@ -1,13 +1,17 @@
 """A small corpus made here, its token store and a run trained on it for a few steps, once a session."""
 
+import ast
 import random
 import shutil
 from pathlib import Path
+from types import ModuleType
 
+import nbformat
 import pytest
 import torch
 from symusic import Note, Score, TimeSignature, Track
 
+from mtxlib import ROOT
 from mtxlib.config import Config
 from mtxlib.music.corpus import load_corpus
 
@@ -58,6 +62,17 @@ def write_music(folder: Path) -> Path:
     for name, score in pieces.items():
         score.dump_midi(folder / f"{name}.mid")
     return folder
+
+
+def defined_in(notebook: str) -> ModuleType:
+    """What the cells of a notebook import and define, functions and CONSTANTS, without running the rest."""
+    module = ModuleType(notebook)
+    for cell in nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", 4).cells:
+        tree = ast.parse(cell.source if cell.cell_type == "code" else "")
+        tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef)
+                     or isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper()]
+        exec(compile(tree, notebook, "exec"), vars(module))
+    return module
 
 
 @pytest.fixture(scope="session")

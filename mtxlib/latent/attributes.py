@@ -1,17 +1,12 @@
-"""Directions in the latent that change one attribute of the music and leave the others, and how well they do.
-
-N windows, S latent rows, C latent channels, A attributes.
-"""
+"""Directions in the latent that change one attribute alone. N windows, S latent rows, C channels, A attributes."""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import product
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,11 +15,11 @@ from torch import Tensor
 
 from mtxlib.files import atomic, digest
 from mtxlib.latent.interpolate import slerp
-from mtxlib.music.metrics import ATTRIBUTES, major
-from mtxlib.music.score import KEYS, key_of
+from mtxlib.music.metrics import major
+from mtxlib.music.score import TONICS, key_of
 
+norm = partial(torch.linalg.matrix_norm, keepdim=True)  # of latents (..., S, C) as vectors: (..., 1, 1)
 PARALLEL = {"major": {4: -1, 9: -1}, "minor": {3: 1, 8: 1, 10: 1}}  # what to add to a degree to change the mode
-POSITIONS = (-3, -2, -1, 0, 1, 2, 3)  # of a slider, see `Directions.move`
 
 
 @dataclass(frozen=True)
@@ -36,12 +31,9 @@ class Directions:
 
     def move(self, z: Tensor, amounts: dict[str, float]) -> Tensor:
         """Latents (S, C) or (N, S, C), moved by `amounts`, sensibly -3 to 3, and brought back to the length they had.
-
-        One unit is a third of the length of a latent; the attribute of the decoded music follows by half a standard
-        deviation to one (`responses` measures it). Three units turn a latent by 45 degrees. `major` is moved first, by
-        `change_mode` where there is one: three units are all the way to the parallel mode. Raises ValueError for a name
-        that is no attribute and for latents of another shape.
-        """
+        One unit is a third of a latent's length, three turn it by 45 degrees; the attribute follows by half a standard
+        deviation to one a unit (notebook 06). `major` is moved first, by `change_mode` where there is one: three units
+        are the whole way. Raises ValueError for a name that is no attribute and for latents of another shape."""
         unknown = sorted(set(amounts) - set(self.names))
         if unknown or z.shape[-2:] != self.vectors.shape[1:]:
             raise ValueError(f"expected amounts of {', '.join(self.names)} and latents of "
@@ -53,30 +45,22 @@ class Directions:
         return moved * norm(z) / norm(moved).clamp(min=1e-12)
 
 
-def norm(z: Tensor) -> Tensor:
-    """Lengths of latents (..., S, C) as vectors, (..., 1, 1)."""
-    return z.square().sum((-2, -1), keepdim=True).sqrt()
-
-
 def parallel(score: Score) -> Score:
     """The music in the parallel mode of its key: in major the third and the sixth are lowered, in minor these and the
     seventh raised, where they are minor. The leading tone stays, as in harmonic minor; so does music without a key."""
-    changed, (tonic, mode) = score.copy(), (key_of(score) or "C ").split(" ")
-    for note in (note for track in changed.tracks if mode and not track.is_drum for note in track.notes):
-        note.pitch += PARALLEL[mode].get((note.pitch - KEYS[mode][0].split().index(tonic)) % 12, 0)
+    changed, key = score.copy(), key_of(score)
+    steps = PARALLEL.get(key.split(" ")[-1], {})
+    for note in (note for track in changed.tracks if not track.is_drum for note in track.notes):
+        note.pitch += steps.get((note.pitch - TONICS.get(key, 0)) % 12, 0)
     return changed
 
 
 def change_mode(run, z: Tensor, amount: float) -> Tensor:
-    """Latents (S, C) or (N, S, C), turned towards major (amount up to 3) or minor (down to -3); what is there already
-    stays.
-
+    """Latents (S, C) or (N, S, C), turned towards major (amount up to 3) or minor (down to -3), if not there already.
     Which notes are to change depends on the tonic, so no one direction does it. This one is each window's own: from its
-    latent to that of what it decodes to, greedily, in the parallel mode. `slerp` changes the music half-way, all at
-    once, so the way is gone by the square root of the amount, and half of it is passed before the first unit.
-    """
+    latent to that of what it decodes to, greedily, in the parallel mode."""
     modes, others = other_modes(run, z)
-    alpha = min(1.0, abs(amount) / 3) ** 0.5
+    alpha = min(1.0, abs(amount) / 3) ** 0.5  # slerp changes the music all at once, half-way: before the first unit
     turned = [slerp(a, b, alpha) if mode * amount < 0 else a
               for a, b, mode in zip(z.reshape(others.shape), others, modes, strict=True)]
     return torch.stack(turned).view_as(z)
@@ -90,13 +74,10 @@ def other_modes(run, z: Tensor) -> tuple[list[float], Tensor]:
 
 
 def find(z: Tensor, values: np.ndarray, names: list[str]) -> Directions:
-    """Directions from latents z (N, S, C) and the attributes of their windows, values (N, A); an attribute that most
-    windows do not have, such as the spread of a single voice, is left out.
-
+    """Directions, a third as long as the mean latent, from latents z (N, S, C) and the attributes of their windows,
+    values (N, A); an attribute that most windows do not have, such as the spread of a single voice, is left out.
     z is regressed on all attributes together: what the latent does when one of them changes and the others stay (the
-    pattern of a forward model, not the weights of a filter: Haufe 2014, NeuroImage 87). All are made a third as long
-    as a latent is on average.
-    """
+    pattern of a forward model, not the weights of a filter: Haufe 2014, NeuroImage 87)."""
     is_common = np.isfinite(values).mean(0) > 0.5
     is_told = np.isfinite(values[:, is_common]).all(1)
     z, values = z[torch.from_numpy(is_told)], values[is_told][:, is_common]
@@ -104,8 +85,7 @@ def find(z: Tensor, values: np.ndarray, names: list[str]) -> Directions:
     y = torch.from_numpy((values - values.mean(0)) / sd).float()
     vectors = torch.linalg.lstsq(y, (z - z.mean(0)).flatten(1)).solution.unflatten(1, z.shape[1:])
     vectors = vectors / norm(vectors).clamp(min=1e-12) * norm(z).mean() / 3
-    return Directions([name for name, there in zip(names, is_common, strict=True) if there], vectors,
-                      torch.from_numpy(sd).float())
+    return Directions(np.array(names)[is_common].tolist(), vectors, torch.from_numpy(sd).float())
 
 
 def save_directions(directions: Directions, path: Path, weights: Path) -> None:
@@ -129,25 +109,3 @@ def load_directions(path: Path, weights: Path) -> Directions | None:
             return Directions(json.loads(metadata["names"]), f.get_tensor("vectors").float(), f.get_tensor("sd"))
     except (KeyError, SafetensorError, ValueError) as e:
         raise ValueError(f"{path}: expected directions saved by mtxlib, got something else ({e})") from e
-
-
-def responses(run, directions: Directions, windows: list[Score], positions=POSITIONS) -> pd.DataFrame:
-    """Attributes of what is decoded, greedily, with each slider at each position: rows (slider, position, window),
-    columns the attributes in standard deviations, and `notes`, their number."""
-    z = run.encode_windows(windows)
-    moved = [directions.move(z, {name: position}) for name, position in product(directions.names, positions)]
-    different, number = torch.cat(moved).unique(dim=0, return_inverse=True)  # at 0 all sliders are the same
-    scores = run.decode(different)
-    values = np.array([[ATTRIBUTES[name](score) for name in directions.names] for score in scores])
-    index = pd.MultiIndex.from_product([directions.names, positions, range(len(windows))],
-                                       names=["slider", "position", "window"])
-    frame = pd.DataFrame(values[number] / directions.sd.numpy(), index, directions.names)
-    return frame.assign(notes=np.array([score.note_num() for score in scores])[number])
-
-
-def leakage(responses: pd.DataFrame) -> pd.DataFrame:
-    """Mean over the windows of Spearman's rho between a slider's position and each attribute, 0 where nothing changes:
-    rows sliders, columns attributes. The diagonal is what was asked for, the rest is leakage."""
-    attributes = responses.drop(columns="notes").reset_index("position")
-    rho = attributes.groupby(["slider", "window"], sort=False).apply(lambda x: x.rank().corr()["position"])
-    return rho.drop(columns="position").fillna(0).groupby("slider", sort=False).mean()

@@ -2,15 +2,12 @@
 
 What is unusual: what a good piece is, the real ones say. A rule that they do not keep binds nobody, and a measure that
 means nothing for them is nan (`undefined` says why): parallels are for voices of one note at a time, not for hands.
-Notes are taken as arrays (`score.notes_of`), as many at once as there are; a *chord* is what sounds where some voice
-begins a note. Drums are left out, but for the silence of a bar.
-
-N notes, V voices from the highest mean pitch of the real pieces to the lowest, K chords.
+N notes (`score.notes_of`) are without drums, but for the silence of a bar; V voices go from the highest mean pitch of
+the real pieces to the lowest; a chord, of K, is what sounds where some voice begins a note.
 """
 
 from collections import Counter
-from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement, compress
 
 import numpy as np
 from symusic import Score
@@ -25,19 +22,20 @@ from mtxlib.music.score import (
     cut,
     key_fits,
     key_of,
+    note_counts,
     notes_of,
+    pitched,
     sounding,
-    voices_of,
     window_bars,
 )
 
 BINS = 128  # of every histogram; what lies beyond is counted in the last
-KEY_BARS = 4  # bars of the stretches whose key is compared with that of the piece
 CELLS = 2**21  # at most, of one block of bars compared with bars: 8 MB
 MOST = 0.95  # the share of the real pieces that makes a rule
 RULES = ("all have the same voices", "every voice has one note at a time", "no bar is silent",
          "all voices stop together")
 TRIADS = ({0, 3}, {0, 3, 7}, {0, 4}, {0, 4, 7})  # semitones above the root; the fifth may be missing
+DISSONANT = (1, 2, 6, 10, 11)  # semitones, modulo 12: seconds, sevenths and the tritone, as in Huron 1994
 
 
 def judge(pieces: list[Score], real: list[Score]) -> dict[str, float]:
@@ -68,18 +66,20 @@ def judge(pieces: list[Score], real: list[Score]) -> dict[str, float]:
     ours, theirs, reasons = histograms(pieces), histograms(real), undefined(real)
     voices, last, (rules, choir) = from_the_highest(real), stopping(real), rules_of(real)
     chords = [] if "voice_crossing" in reasons else [chords_of(score, voices) for score in pieces]
-    n_chords = sum(chord.shape[1] for chord in chords)
+    n_chords = max(1, sum(x.shape[1] for x in chords))
     changes, (within, across) = max(1, n_chords - len(chords)), similarity(pieces)
+    stable = [is_near for score in pieces for is_near in is_near_key(score)]
+    tonic_ending, cadence = np.mean([ending(score, last) for score in pieces], axis=0).tolist()
     return {
         **{f"oa_{name}": float(np.minimum(ours[name], theirs[name]).sum()) for name in ours},
-        "voice_crossing": float(sum(crossings(chord).sum() for chord in chords) / max(1, n_chords)),
-        "parallel_fifths": 100 * sum(parallels(chord, 7) for chord in chords) / changes,
-        "parallel_octaves": 100 * sum(parallels(chord, 0) for chord in chords) / changes,
-        "key_stability": mean([near for score in pieces for near in is_near_key(score)]),
+        "voice_crossing": float(sum(((x[:-1] < x[1:]) & (x[:-1] > 0)).any(0).sum() for x in chords) / n_chords),
+        "parallel_fifths": 100 * sum(parallels(x, 7) for x in chords) / changes,
+        "parallel_octaves": 100 * sum(parallels(x, 0) for x in chords) / changes,
+        "key_stability": float(np.mean(stable)) if stable else float("nan"),
         "similarity_within": within, "similarity_across": across,
-        "tonic_ending": mean([ends_on_tonic(score, last) for score in pieces]),
-        "cadence": mean([closes(score, last) for score in pieces]),
-        "wellformed": mean([is_wellformed(score, rules, choir) for score in pieces]),
+        "tonic_ending": tonic_ending, "cadence": cadence,
+        "wellformed": float(np.mean([set(note_counts(score).values()) == {1} and rules <= rules_kept(score, choir)
+                                     for score in pieces])),
     } | dict.fromkeys(reasons, float("nan"))
 
 
@@ -98,78 +98,62 @@ def undefined(real: list[Score]) -> dict[str, str]:
     return {}
 
 
-def mean(values: list | np.ndarray) -> float:
-    return float(np.mean(values)) if len(values) else float("nan")
-
-
-def pitched(score: Score) -> np.ndarray:
-    """Notes (N, 4) without drums."""
-    notes = notes_of(score)
-    return notes[notes[:, 0] >= 0]
-
-
 def from_the_highest(scores: list[Score]) -> list[int]:
     notes = np.concatenate([pitched(score) for score in scores])
-    return sorted((v for v in voices_of(scores) if v >= 0), key=lambda v: -notes[notes[:, 0] == v, 3].mean())
+    return sorted(set(notes[:, 0].tolist()), key=lambda voice: -notes[notes[:, 0] == voice, 3].mean())
 
 
 def chords_of(score: Score, voices: list[int]) -> np.ndarray:
-    """(V, K): the pitch of each voice in each chord, 0 for none."""
+    """(V, K): the pitch in each chord of those of the voices that the score has, 0 for none."""
     notes = pitched(score)
+    voices = [voice for voice in voices if voice in notes[:, 0]]
     notes = notes[np.isin(notes[:, 0], voices)]
     times = np.unique(notes[:, 1])
     which, when = sounding(notes, times)
     chords = np.zeros((len(voices), len(times)), int)
-    chords[list(map(voices.index, notes[which, 0].tolist())), when] = notes[which, 3]
+    chords[[voices.index(voice) for voice in notes[which, 0].tolist()], when] = notes[which, 3]
     return chords
 
 
 def histograms(scores: list[Score]) -> dict[str, np.ndarray]:
     """Shares, (BINS,) each: MIDI pitches; durations and intervals between the onsets of a voice, in sixteenths;
     harmonic intervals, in semitones, of all two notes of all chords."""
-    counts = {name: np.zeros(BINS) for name in ("pitch", "duration", "onset_interval", "harmonic_interval")}
+    counts = np.zeros((4, BINS))
     for score in scores:
         notes = pitched(score)
         onsets = np.unique(notes[:, :2], axis=0)
         between = np.diff(onsets[:, 1])[np.diff(onsets[:, 0]) == 0]
-        for name, values in {"pitch": notes[:, 3], "duration": (notes[:, 2] // SIXTEENTH).clip(1),
-                             "onset_interval": between // SIXTEENTH}.items():
-            counts[name] += np.bincount(values.clip(max=BINS - 1), minlength=BINS)
-        counts["harmonic_interval"] += intervals(notes, np.unique(notes[:, 1]))
-    return {name: n / max(1, n.sum()) for name, n in counts.items()}
+        values = notes[:, 3], (notes[:, 2] // SIXTEENTH).clip(1), between // SIXTEENTH
+        counts[:3] += [np.bincount(x.clip(max=BINS - 1), minlength=BINS) for x in values]
+        counts[3] += intervals(notes, np.unique(notes[:, 1]))
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    return dict(zip(("pitch", "duration", "onset_interval", "harmonic_interval"), shares, strict=True))
 
 
 def intervals(notes: np.ndarray, times: np.ndarray, weights: np.ndarray | float = 1.0) -> np.ndarray:
     """(128,): how many pairs of notes sound so many semitones apart at `times`, each counted by the time's weight."""
     which, when = sounding(notes, times)
     counts = np.bincount(when * 128 + notes[which, 3], minlength=128 * len(times)).reshape(-1, 128).astype(float)
-    weighted = counts * np.broadcast_to(weights, len(times))[:, None]
-    pairs = counts.T @ weighted - np.diag(weighted.sum(0))  # each pair twice, none of a note with itself
+    weighted = counts.T * weights
+    pairs = weighted @ counts - np.diag(weighted.sum(1))  # each pair twice, none of a note with itself
     apart = np.abs(np.subtract.outer(np.arange(128), np.arange(128)))
     return np.bincount(apart.ravel(), pairs.ravel(), minlength=128) / 2
 
 
-def crossings(chords: np.ndarray) -> np.ndarray:
-    """Whether a voice lies below the next lower one that the piece has, for each of the chords (V, K)."""
-    chords = chords[chords.any(1)]
-    return ((chords[:-1] < chords[1:]) & (chords[:-1] > 0)).any(0)
-
-
 def parallels(chords: np.ndarray, interval: int) -> int:
     """How many pairs of voices of chords (V, K) move in one direction from this interval (modulo 12) to itself."""
-    step, found = np.diff(chords), 0
-    for a, b in combinations(np.flatnonzero(chords.any(1)), 2):
-        is_it = ((chords[a] - chords[b]) % 12 == interval) & (chords[a] > 0) & (chords[b] > 0)
-        found += (is_it[:-1] & is_it[1:] & (step[a] * step[b] > 0)).sum()
-    return int(found)
+    found = 0
+    for a, b in combinations(chords, 2):
+        is_it = ((a - b) % 12 == interval) & (a > 0) & (b > 0)
+        found += int((is_it[:-1] & is_it[1:] & (np.diff(a) * np.diff(b) > 0)).sum())
+    return found
 
 
 def is_near_key(score: Score) -> list[bool]:
     """For each stretch of four bars, two bars apart, that has notes."""
     starts, home = bar_starts(score), SIGNATURES.get(key_of(score), 0)
-    stretches = [cut(score, starts, bar, KEY_BARS) for bar in window_bars(len(starts) - 1, KEY_BARS, 2)]
-    keys = [key for key in map(key_of, stretches) if key]
-    return [(SIGNATURES[key] - home + 1) % 12 <= 2 for key in keys]
+    keys = [key_of(cut(score, starts, bar, 4)) for bar in window_bars(len(starts) - 1, 4, 2)]
+    return [(SIGNATURES[key] - home + 1) % 12 <= 2 for key in keys if key]
 
 
 def bars_of(scores: list[Score]) -> tuple[np.ndarray, np.ndarray]:
@@ -181,59 +165,51 @@ def bars_of(scores: list[Score]) -> tuple[np.ndarray, np.ndarray]:
         bar = np.searchsorted(lines, onset, side="right") - 1
         note = ((onset - lines[bar]) * 128 + voice) * 12 + (pitch - tonic) % 12
         rows.append(np.stack([np.full(len(bar), i), bar, note], 1))
-    score, bar, note = np.unique(np.concatenate(rows), axis=0).T
-    number = np.cumsum(np.diff(score, prepend=-1).astype(bool) | np.diff(bar, prepend=-1).astype(bool)) - 1
-    return (np.stack([number, np.unique(note, return_inverse=True)[1]], 1),
-            score[np.flatnonzero(np.diff(number, prepend=-1))])
+    rows = np.unique(np.concatenate(rows), axis=0)
+    bars, number = np.unique(rows[:, :2], axis=0, return_inverse=True)
+    return np.stack([number.ravel(), np.unique(rows[:, 2], return_inverse=True)[1]], 1), bars[:, 0]
 
 
 def alike(bars: np.ndarray, some: range, others: range) -> np.ndarray:
     """Shared notes over all notes of each two of the bars (`bars_of`) that these are the numbers of, as a matrix."""
-    def notes_in(numbers: range) -> np.ndarray:
+    x, y = (np.zeros((len(numbers), bars[:, 1].max(initial=0) + 1), np.float32) for numbers in (some, others))
+    for has, numbers in ((x, some), (y, others)):
         first, last = np.searchsorted(bars[:, 0], (numbers.start, numbers.stop))
-        has = np.zeros((len(numbers), bars[:, 1].max(initial=0) + 1), np.float32)
         has[bars[first:last, 0] - numbers.start, bars[first:last, 1]] = 1
-        return has
-    x, y = notes_in(some), notes_in(others)
     shared = (x @ y.T).astype(float)
     return shared / (x.sum(1)[:, None] + y.sum(1) - shared)
 
 
-def similarity(scores: list[Score]) -> tuple[float, float]:
+def similarity(scores: list[Score]) -> list[float]:
     """Mean similarity of two bars of one piece, and of two pieces, see `judge`; block by block, in bounded memory."""
     bars, piece = bars_of(scores)
     n, step = len(piece), max(1, min(int(CELLS**0.5), CELLS // (bars[:, 1].max(initial=0) + 1)))
-    blocks = [range(i, min(i + step, n)) for i in range(0, n, step)]
-    within = total = 0.0
-    for i, some in enumerate(blocks):
-        for others in blocks[i:]:
-            block, times = alike(bars, some, others), 1 if some is others else 2
-            is_same = piece[some.start:some.stop, None] == piece[others.start:others.stop]
-            within, total = within + times * block[is_same].sum(), total + times * block.sum()
-    n_within = int((np.bincount(piece) ** 2).sum()) if n else 0
-    return (float((within - n) / (n_within - n)) if n_within > n else float("nan"),  # no bar beside itself
-            float((total - within) / (n * n - n_within)) if n * n > n_within else float("nan"))
+    blocks, within, total = [range(i, min(i + step, n)) for i in range(0, n, step)], 0.0, 0.0
+    for some, others in combinations_with_replacement(blocks, 2):
+        block = alike(bars, some, others) * (1 if some is others else 2)
+        is_same = piece[some.start:some.stop, None] == piece[others.start:others.stop]
+        within, total = within + block[is_same].sum(), total + block.sum()
+    n_within = (np.bincount(piece) ** 2).sum()
+    pairs = np.array([n_within - n, n * n - n_within])  # no bar beside itself
+    return (np.array([within - n, total - within]) / np.where(pairs, pairs, np.nan)).tolist()
 
 
-def ends_on_tonic(score: Score, voices: list[int]) -> bool:
-    """Whether the last chord is a triad of the tonic, see `judge`; `voices` have to sound until the end."""
-    notes, key = pitched(score), key_of(score)
+def ending(score: Score, voices: list[int]) -> tuple[bool, bool]:
+    """Whether the last chord is a triad of the tonic, and whether it is long and on a strong beat as well, see `judge`;
+    `voices` have to sound until the end."""
+    notes, lines, key = pitched(score), bar_lines(score), key_of(score)
     if not key:
-        return False
-    ends = notes[:, 1] + notes[:, 2]
-    last = notes[ends > notes[:, 1].max(), 3] - TONICS[key]
-    return bool(set(voices) <= set(notes[ends == ends.max(), 0].tolist()) and last.min() % 12 == 0
+        return False, False
+    ends, begin = notes[:, 1] + notes[:, 2], notes[:, 1].max()
+    last, bar = notes[ends > begin, 3] - TONICS[key], np.searchsorted(lines, begin, side="right") - 1
+    is_tonic = (set(voices) <= set(notes[ends == ends.max(), 0].tolist()) and last.min() % 12 == 0
                 and set((last % 12).tolist()) in TRIADS)
+    is_strong = (begin - lines[bar]) * 2 % (lines[bar + 1] - lines[bar]) == 0
+    return bool(is_tonic), bool(is_tonic and is_strong and ends.max() - begin >= STEPS)
 
 
 def closes(score: Score, voices: list[int]) -> bool:
-    """Whether the triad of the tonic at its end is long and on a strong beat, see `judge`."""
-    if not ends_on_tonic(score, voices):
-        return False
-    notes, lines = pitched(score), bar_lines(score)
-    last, end = notes[:, 1].max(), (notes[:, 1] + notes[:, 2]).max()
-    bar = np.searchsorted(lines, last, side="right") - 1
-    return bool((last - lines[bar]) * 2 % (lines[bar + 1] - lines[bar]) == 0 and end - last >= STEPS)
+    return ending(score, voices)[1]
 
 
 def rules_kept(score: Score, choir: frozenset[int] = frozenset()) -> set[str]:
@@ -243,15 +219,14 @@ def rules_kept(score: Score, choir: frozenset[int] = frozenset()) -> set[str]:
     heard = np.searchsorted(begun, lines[1:]) - np.searchsorted(ended, lines[:-1], side="right")
     ends, voices = found[:, 1] + found[:, 2], set(found[:, 0].tolist())
     overlap = (found[1:, 1] < ends[:-1]) & (np.diff(found[:, 0]) == 0)
-    return {rule for rule, is_kept in zip(RULES, (
-        voices == choir, not overlap.any(), heard.all(),
-        voices == set(found[ends == ends.max(initial=0), 0].tolist())), strict=True) if is_kept}
+    stopping_last = set(found[ends == ends.max(initial=0), 0].tolist())
+    return set(compress(RULES, (voices == choir, not overlap.any(), heard.all(), voices == stopping_last)))
 
 
 def choir_of(scores: list[Score]) -> frozenset[int]:
     """The voices that most of the scores have, drums apart."""
-    have = Counter(voice for score in scores for voice in voices_of([score]) if voice >= 0)
-    return frozenset(voice for voice, n in have.items() if n > len(scores) / 2)
+    have = Counter(voice for score in scores for voice in set(pitched(score)[:, 0].tolist()))
+    return frozenset(voice for voice in have if have[voice] > len(scores) / 2)
 
 
 def rules_of(real: list[Score]) -> tuple[set[str], frozenset[int]]:
@@ -268,17 +243,6 @@ def stopping(scores: list[Score]) -> list[int]:
     """The voices that an ending needs: those that most have, where most stop in all their voices together."""
     together = [RULES[3] in rules_kept(score) for score in scores]
     return sorted(choir_of(scores)) if sum(together) > len(scores) / 2 else []
-
-
-def is_wellformed(score: Score, rules: set[str], choir: frozenset[int]) -> bool:
-    """See `judge` and `rules_of`."""
-    places = notes_of(score)[:, [0, 1, 3]]
-    is_single = len(np.unique(places, axis=0)) == len(places) > 0
-    return is_single and rules <= rules_kept(score, choir)
-
-
-DISSONANT = (1, 2, 6)  # interval classes: seconds, sevenths and the tritone, the dissonant ones of Huron 1994
-MAJOR_SCALE = (0, 2, 4, 5, 7, 9, 11)  # semitones above the tonic
 
 
 def note_density(score: Score) -> float:
@@ -305,18 +269,14 @@ def voice_spread(score: Score) -> float:
 
 def major(score: Score) -> float:
     """How much better the best major key fits than the best minor key: difference of the correlations, see `key_of`."""
-    fits = key_fits(score)
-    best = [max(fit for key, fit in fits.items() if key.endswith(mode)) for mode in ("major", "minor") if fits]
-    return best[0] - best[1] if fits else np.nan
+    fits = list(key_fits(score).values())
+    return max(fits[:12]) - max(fits[12:]) if fits else np.nan
 
 
 def dissonance(score: Score) -> float:
     """Share of dissonant intervals among those of all two notes that sound together, each weighted by its duration."""
-    times, long = moments(notes := pitched(score))
-    found = intervals(notes, times, long)
-    classes = np.arange(128) % 12
-    is_dissonant = np.isin(np.minimum(classes, 12 - classes), DISSONANT)
-    return float(found[is_dissonant].sum() / found.sum()) if found.any() else np.nan
+    found = intervals(notes := pitched(score), *moments(notes))
+    return float(found[np.isin(np.arange(128) % 12, DISSONANT)].sum() / found.sum()) if found.any() else np.nan
 
 
 def moments(notes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -325,12 +285,5 @@ def moments(notes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return times, np.diff(times, append=times[-1:])
 
 
-ATTRIBUTES: dict[str, Callable[[Score], float]] = {  # of one window; nan where it has no notes to tell it from
-    "note density": note_density, "register": register, "voice spread": voice_spread, "major": major,
-    "dissonance": dissonance}
-
-
-def in_key(sounds: np.ndarray) -> float:
-    """Largest share of a piano roll (V, T, 128) without drums, in notes and time, that lies in one diatonic scale."""
-    classes = np.bincount(np.arange(128) % 12, sounds.sum((0, 1)))
-    return max(classes[(np.array(MAJOR_SCALE) + tonic) % 12].sum() for tonic in range(12)) / max(1, classes.sum())
+ATTRIBUTES = {  # of one window; nan where it has no notes to tell it from
+    f.__name__.replace("_", " "): f for f in (note_density, register, voice_spread, major, dissonance)}

@@ -1,50 +1,45 @@
-"""What a score is: bars, windows, joining, voices, keys, and its notes as arrays. Pure functions of a score, in the
-normal form that `music.normal` gives it.
+"""What a score is: bars, windows, joining, keys, and its notes as arrays. Pure functions of a score, in the normal form
+that `music.normal` gives it.
 
-A window is `n_bars` bars with the notes that start in them, with their full lengths, so that windows laid end to end
-are the piece again.
+A window is `n_bars` bars with the notes that start in them, in full length: laid end to end, windows are the piece.
 """
 
 from collections import Counter
 from itertools import pairwise
 
 import numpy as np
-import symusic
-from symusic import Score
+from symusic import Score, Tempo, TextMeta, TimeSignature, Track
+from symusic.core import NoteTickList
 
 TPQ, GRID = 480, 120  # ticks a quarter, ticks a 16th
+STEPS, SIXTEENTH = 24, 6  # steps, of notes as arrays, a quarter and a 16th: every grid goes evenly into them
 VELOCITY, TEMPO = 80, 120.0  # TEMPO, quarters a minute, is MIDI's own where a file has none
 TEMPI = (20, 400)  # what `tempos` bins, at equal ratios, reach from and to
 VOICES = {52: "Soprano", 53: "Alto", 54: "Tenor", 42: "Bass"}  # General MIDI programs, from 0
 METRES = {8: (3, 5, 6, 7, 9, 12), 4: (1, 2, 3, 4, 5, 6, 7)}  # denominator: numerators
 BY_LENGTH = {n * 16 // d: (n, d) for d in METRES for n in METRES[d]}  # 16ths a bar: metre, x/4 rather than x/8
 WINDOW_END = "end of the window"  # the text of a marker on a window's last bar line
+COMMON_TIME = TimeSignature(0, 4, 4)  # where no metre is given
 MAX_BEATS = 16  # longest note, in beats of its metre
 
 KEYS = {  # tonics and key profile: Krumhansl and Kessler 1982, Psychological Review 89(4)
     "major": ("C Db D Eb E F F# G Ab A Bb B", (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88)),
     "minor": ("c c# d eb e f f# g g# a bb b", (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)),
 }
-SIGNATURES = {f"{tonic} {mode}": (7 * (i + 3 * (mode == "minor"))) % 12  # steps on the circle of fifths from C
-              for mode, (tonics, _) in KEYS.items() for i, tonic in enumerate(tonics.split())}
 TONICS = {f"{tonic} {mode}": i for mode, (tonics, _) in KEYS.items() for i, tonic in enumerate(tonics.split())}
+SIGNATURES = {key: 7 * (i + 3 * key.endswith("minor")) % 12 for key, i in TONICS.items()}  # fifths above C major's
 KEY_NAMES = (*TONICS, "")  # the last: unknown
 PROFILES = np.array([np.roll(profile, i) for _, profile in KEYS.values() for i in range(12)])  # (24, 12), as TONICS
-PROFILES = (PROFILES - PROFILES.mean(1, keepdims=True)) / (PROFILES.std(1, keepdims=True) * 12 ** 0.5)
 
 
 def key_fits(score: Score) -> dict[str, float]:
-    """How the durations of the pitch classes correlate with the profile of each of the 24 keys, the best fit being the
-    key (Krumhansl 1990, chapter 4); empty where nothing tells the keys apart."""
-    weights = np.zeros(12)
-    for t in score.tracks:
-        if not t.is_drum:
-            notes = t.notes.numpy()
-            weights += np.bincount(notes["pitch"] % 12, notes["duration"], minlength=12)
+    """How the durations of the pitch classes correlate with the profiles of the 24 keys, major ones first (Krumhansl
+    1990, chapter 4); empty where nothing tells the keys apart."""
+    _, _, length, pitch = pitched(score).T
+    weights = np.bincount(pitch % 12, length, minlength=12)
     if not weights.std():
         return {}
-    centred = weights - weights.mean()
-    return dict(zip(TONICS, (PROFILES @ (centred / np.linalg.norm(centred))).tolist(), strict=True))
+    return dict(zip(TONICS, np.corrcoef(weights, PROFILES)[0, 1:].tolist(), strict=True))
 
 
 def key_of(score: Score) -> str:
@@ -66,12 +61,9 @@ def bar_starts(score: Score, end: int | None = None) -> list[int]:
 
 
 def window_bars(n_total: int, n_bars: int, hop: int) -> list[int]:
-    """First bars of the windows of a piece: every `hop` bars, and one that ends with the piece. All are full where
-    the piece is long enough."""
-    if n_total <= n_bars:
-        return [0]
-    starts = list(range(0, n_total - n_bars + 1, hop))
-    return starts if starts[-1] == n_total - n_bars else [*starts, n_total - n_bars]
+    """First bars of a piece's windows: every `hop` bars, and one that ends with the piece; full ones where they can."""
+    last = max(0, n_total - n_bars)
+    return [*range(0, last, hop), last]
 
 
 def end_of(window: Score) -> int | None:
@@ -80,23 +72,29 @@ def end_of(window: Score) -> int | None:
     return ends[0] if ends and all(n.start < ends[0] for t in window.tracks for n in t.notes) else None
 
 
+def in_force(marks, begin: int, end: int, first):
+    """Of the tempos or metres of a score those of a stretch; `first` holds until there is one."""
+    return [*[first, *(m for m in marks if m.time <= begin)][-1:], *(m for m in marks if begin < m.time < end)]
+
+
+def add_notes(tracks: dict, window: Score, begin: int, end: int, shift: int) -> None:
+    """Notes that start in these ticks of a window, moved by `shift`, to the tracks by voice."""
+    for part in window.tracks:
+        track = tracks.setdefault((part.program, part.is_drum), Track(part.name, part.program, part.is_drum))
+        track.notes.extend(part.clip(begin, end, clip_end=False).shift_time(shift).notes)
+
+
 def cut(score: Score, starts: list[int], bar: int, n_bars: int) -> Score:
     """The window of `n_bars` bars from `bar` on: notes that start there, times counted from its first bar line."""
     begin, end = starts[bar], starts[min(bar + n_bars, len(starts) - 1)]
     window = Score(score.tpq)
-    in_force = [t.qpm for t in score.tempos if t.time <= begin][-1:] or [TEMPO]
-    window.tempos.append(symusic.Tempo(0, in_force[0]))
-    window.tempos.extend([symusic.Tempo(t.time - begin, t.qpm) for t in score.tempos if begin < t.time < end])
-    for track in score.tracks:
-        part = track.clip(begin, end, clip_end=False).shift_time(-begin)
-        if len(part.notes):
-            window.tracks.append(part)
-    before = [t for t in score.time_signatures if t.time <= begin] or [symusic.TimeSignature(0, 4, 4)]
-    window.time_signatures.append(symusic.TimeSignature(0, before[-1].numerator, before[-1].denominator))
-    for t in score.time_signatures:
-        if begin < t.time < end:
-            window.time_signatures.append(symusic.TimeSignature(t.time - begin, t.numerator, t.denominator))
-    window.markers.append(symusic.TextMeta(end - begin, WINDOW_END))
+    parts = [track.clip(begin, end, clip_end=False).shift_time(-begin) for track in score.tracks]
+    window.tracks.extend([part for part in parts if part.notes])
+    window.tempos.extend([Tempo(max(0, t.time - begin), t.qpm)
+                          for t in in_force(score.tempos, begin, end, Tempo(0, TEMPO))])
+    window.time_signatures.extend([TimeSignature(max(0, t.time - begin), t.numerator, t.denominator)
+                                   for t in in_force(score.time_signatures, begin, end, COMMON_TIME)])
+    window.markers.append(TextMeta(end - begin, WINDOW_END))
     return window
 
 
@@ -105,11 +103,8 @@ def join(windows: list[Score], bars: list[int], n_bars: int, starts: list[int]) 
     out, tracks, given = Score(windows[0].tpq), {}, 0
     for window, bar in zip(windows, bars, strict=True):
         begin, end = starts[max(bar, given)], starts[min(bar + n_bars, len(starts) - 1)]
+        add_notes(tracks, window, begin - starts[bar], end - starts[bar], starts[bar])
         given = bar + n_bars
-        for part in window.tracks:
-            empty = symusic.Track(part.name, part.program, part.is_drum)
-            track = tracks.setdefault((part.program, part.is_drum), empty)
-            track.notes.extend(n for n in part.shift_time(starts[bar]).notes if begin <= n.start < end)
     out.tracks.extend(tracks.values())
     return out
 
@@ -124,15 +119,11 @@ def chain(windows: list[Score], spans: list[tuple[int, int]]) -> Score:
         bar = lines[-1] - lines[-2] if len(lines) > 1 else 4 * window.tpq
         lines += [lines[-1] + bar * (i + 1) for i in range(last + 1 - len(lines))]
         begin, until, shift = lines[first], lines[last], end - lines[first]
-        for part in window.tracks:
-            empty = symusic.Track(part.name, part.program, part.is_drum)
-            track = tracks.setdefault((part.program, part.is_drum), empty)
-            track.notes.extend(part.clip(begin, until, clip_end=False).shift_time(shift).notes)
-        metres = [(t.time, t.numerator, t.denominator) for t in window.time_signatures] or [(0, 4, 4)]
-        in_force = [metre for metre in metres if metre[0] <= begin][-1:]
-        for time, *metre in in_force + [metre for metre in metres if begin < metre[0] < until]:
+        add_notes(tracks, window, begin, until, shift)
+        for t in in_force(window.time_signatures, begin, until, COMMON_TIME):
+            metre = t.numerator, t.denominator
             if metre != last_metre:
-                out.time_signatures.append(symusic.TimeSignature(max(time, begin) + shift, *metre))
+                out.time_signatures.append(TimeSignature(max(t.time, begin) + shift, *metre))
                 last_metre = metre
         end += until - begin
     for track in tracks.values():
@@ -144,54 +135,37 @@ def chain(windows: list[Score], spans: list[tuple[int, int]]) -> Score:
                 note.duration = min(note.duration, following.start - note.start)
         for note in notes:
             note.duration = min(note.duration, end - note.start)
-        track.notes = symusic.core.NoteTickList(notes)
+        track.notes = NoteTickList(notes)
     out.tracks.extend(tracks.values())
     out.tempos.extend(windows[0].tempos)
     return out
 
 
-# -- notes as arrays, in steps of a 24th of a quarter, into which every grid goes evenly -------------------------------
-
-STEPS, SIXTEENTH = 24, 6  # steps a quarter, steps a sixteenth
-
-
-def voices_of(scores: list[Score]) -> list[int]:
-    """The programs of all tracks with notes, -1 for drums, in the order of the tracks, which is that of the tokens."""
-    return list(dict.fromkeys(-1 if t.is_drum else t.program for score in scores for t in score.tracks if t.notes))
-
-
 def notes_of(score: Score) -> np.ndarray:
-    """(N, 4) integers in ascending order: voice (program, -1 for drums), onset and length in steps, one at least,
-    pitch."""
+    """(N, 4) integers in ascending order: voice (program, -1 for drums), onset, length (at least 1) in steps, pitch."""
     rows = [np.zeros((0, 4), int)]
     for track in score.tracks:
-        notes = {name: x.astype(int) for name, x in track.notes.numpy().items()}
-        onset, length = ((2 * STEPS * notes[x] + score.tpq) // (2 * score.tpq) for x in ("time", "duration"))
-        voice = np.full(len(onset), -1 if track.is_drum else track.program)
-        rows.append(np.stack([voice, onset, length.clip(1), notes["pitch"]], 1))
+        notes = track.notes.numpy()
+        voice = np.full(len(track.notes), -1 if track.is_drum else track.program)
+        rows.append(np.stack([voice, notes["time"], notes["duration"], notes["pitch"]], 1))
     notes = np.concatenate(rows)
+    notes[:, 1:3] = (2 * STEPS * notes[:, 1:3] + score.tpq) // (2 * score.tpq)
+    notes[:, 2] = notes[:, 2].clip(1)
     return notes[np.lexsort(notes.T[::-1])]
 
 
+def pitched(score: Score) -> np.ndarray:
+    """Notes (N, 4) without drums."""
+    notes = notes_of(score)
+    return notes[notes[:, 0] >= 0]
+
+
 def sounding(notes: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the notes (N, 4) sounds at which of the times (T,), in steps and ascending: indices of both, (M,)
-    each."""
+    """Which of the notes (N, 4) sounds at which of the times (T,), steps that ascend: indices of both, (M,) each."""
     first, last = (np.searchsorted(times, at) for at in (notes[:, 1], notes[:, 1] + notes[:, 2]))
     often = last - first
     which = np.repeat(np.arange(len(notes)), often)
     return which, np.arange(len(which)) + np.repeat(last - often.cumsum(), often)
-
-
-def roll(score: Score, voices: list[int], steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Piano roll, (V, T, 128) booleans each: which pitches sound in the first `steps` steps, and which begin."""
-    sounds, begins = np.zeros((2, len(voices), steps, 128), bool)
-    notes = notes_of(score)
-    notes = notes[np.isin(notes[:, 0], voices) & (notes[:, 1] < steps)]
-    voice = np.array([voices.index(v) for v in notes[:, 0].tolist()], int)
-    which, when = sounding(notes, np.arange(steps))
-    sounds[voice[which], when, notes[which, 3]] = True
-    begins[voice, notes[:, 1], notes[:, 3]] = True
-    return sounds, begins
 
 
 def bar_lines(score: Score) -> np.ndarray:

@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import score_of
+from conftest import defined_in, score_of
 from safetensors.torch import save_file
 from symusic import Score
 
 from mtxlib.latent import attributes
-from mtxlib.latent.attributes import Directions, find, leakage
+from mtxlib.latent.attributes import Directions, find
 from mtxlib.music.metrics import ATTRIBUTES
 from mtxlib.run import load_run
 
@@ -195,7 +195,7 @@ def test_leakage_is_the_rank_correlation_of_each_attribute_with_the_slider():
     frame = pd.DataFrame({"a": np.r_[np.stack([up, up], 1).ravel(), np.stack([down, still], 1).ravel()],
                           "b": np.r_[np.stack([mixed, still], 1).ravel(), np.stack([up, mixed], 1).ravel()],
                           "notes": 1}, index)
-    found = leakage(frame)
+    found = defined_in("06_interpolation").leakage(frame)
     assert found.loc["a", "a"] == 1 and found.loc["b", "a"] == -0.5
     assert found.loc["a", "b"] == 0.25 and found.loc["b", "b"] == 0.75
 
@@ -203,7 +203,7 @@ def test_leakage_is_the_rank_correlation_of_each_attribute_with_the_slider():
 def test_responses_at_zero_are_the_reconstructions(walker, pieces):
     directions = walker.directions()
     windows = [walker.windows(piece)[2][0] for piece in pieces[:3]]
-    frame = attributes.responses(walker, directions, windows, (-1, 0))
+    frame = defined_in("06_interpolation").respond(walker, directions, windows, (-1, 0))
     assert len(frame) == 5 * 2 * 3
     decoded = walker.decode(walker.encode_windows(windows))
     for i, score in enumerate(decoded):
