@@ -102,8 +102,8 @@ def code_cells(notebook: Path) -> list[tuple[str, list[str]]]:
 
 
 def declared(notebook: Path) -> dict[str, object]:
-    """Names and defaults in the cell tagged `parameters`; a default annotated float is one. Raises ValueError. Read with
-    ast, since papermill's own reader drops a line whose comment holds a second equals sign."""
+    """Names and defaults in the cell tagged `parameters`; a default annotated float is one. Raises ValueError. Not by
+    papermill's reader, which drops a line whose comment holds a second equals sign."""
     cells, found = [code for code, tags in code_cells(notebook) if "parameters" in tags], {}
     try:
         for line in ast.parse(*cells).body:
@@ -161,8 +161,8 @@ def done_file(notebook: Path, out: Path) -> Path:
 
 
 def rests_on(notebook: Path, passed: dict, out: Path) -> dict[str, str]:
-    """Digests of all that the result rests on: the code, the parameters, the done files before it, and the source: name,
-    size and time of each file that the parameters, or else the run's config, name to be read; and of that alone."""
+    """Digests of all that the result rests on, and of the `source` alone: name, size and time of each file that the
+    parameters, or else the run's config, name as something to read."""
     from mtxlib.music.corpus import files_of
 
     archives, paths = [passed[name] for name in READ if name in passed], []

@@ -54,9 +54,8 @@ def play(run: Run, pieces: list[Piece]) -> widgets.Tab:
     """The widgets, one a tab; they offer these pieces. Steering, whose directions may have to be found first, is made
     when its tab is opened."""
     later = widgets.HTML(finding := "Finding what to steer by in the training split; the run remembers it …")
-    tab = widgets.Tab([Morph(run, pieces), Compose(run, pieces)], titles=["Morph", "Compose", "Steer"])
-    if run.config.model.bottleneck == "rows":
-        tab.children += (later,)
+    tabs = [Morph(run, pieces), Compose(run, pieces)] + [later] * (run.config.model.bottleneck == "rows")
+    tab = widgets.Tab(tabs, titles=["Morph", "Compose", "Steer"])
 
     def opened(change: dict) -> None:
         if tab.children[change["new"]] is later:
@@ -227,8 +226,8 @@ class Morph(Studio):
     def __init__(self, run: Run, pieces: list[Piece]):
         super().__init__(run)
         self.a, self.b = Chooser(self, pieces, "A"), Chooser(self, pieces, "B", 1)
-        self.steps = [(round(float(alpha), 2),) for alpha in np.linspace(0, 1, STEPS)]
-        self.alpha = widgets.SelectionSlider(options=[(f"α {a:.2f}", a) for a, in self.steps], value=0.5,
+        self.steps = np.linspace(0, 1, STEPS).round(2).tolist()
+        self.alpha = widgets.SelectionSlider(options=[(f"α {a:.2f}", a) for a in self.steps], value=0.5,
                                              description="A to B", layout=Layout(width="640px"))
         upright = {"orientation": "vertical", "layout": Layout(height="130px")}
         self.bars = [slider(max=1, step=0.05, **upright) for _ in range(run.n_bars)]
@@ -249,9 +248,9 @@ class Morph(Studio):
         self.prepare()
 
     @property
-    def position(self) -> tuple[float, ...]:
+    def position(self) -> float | tuple[float, ...]:
         """Where the slider, or those of the bars, stand."""
-        return tuple(dial.value for dial in self.bars) if self.mode.value else (self.alpha.value,)
+        return tuple(dial.value for dial in self.bars) if self.mode.value else self.alpha.value
 
     def prepare(self, _=None) -> None:
         """Begin anew if A, B or a setting has changed. Only what is shown is decoded, for the rest may not be asked
@@ -269,10 +268,11 @@ class Morph(Studio):
             self.ready.clear()
             self.turn()
 
-    def mix(self, ends: tuple[Tensor, list[float]], positions: list[tuple]) -> dict[tuple, Score]:
+    def mix(self, ends: tuple[Tensor, list[float]], positions: list) -> dict:
+        """The score at each position between two latents, at a tempo between theirs."""
         z, tempos = ends
-        mixed = torch.stack([mix(*z, list(p) if len(p) > 1 else p[0], self.run.n_bars) for p in positions])
-        scores = self.decode(mixed, [np.interp(np.mean(p), (0, 1), tempos) for p in positions])
+        mixed = torch.stack([mix(*z, position, self.run.n_bars) for position in positions])
+        scores = self.decode(mixed, [np.interp(np.mean(position), (0, 1), tempos) for position in positions])
         return dict(zip(positions, scores, strict=True))
 
     def turn(self, _=None) -> None:
@@ -283,7 +283,7 @@ class Morph(Studio):
             if now not in self.mixes:
                 steps = [step for step in self.steps if step not in self.mixes]
                 self.mixes |= self.mix(self.ends, [now] if self.mode.value else steps)
-            where = " ".join(f"{alpha:.2f}" for alpha in now)
+            where = " ".join(f"{alpha:.2f}" for alpha in np.atleast_1d(now))
 
             def draw() -> bytes:
                 display.redraw(self.figure, 1, self.mixes[now], f"mix: α {where}", n_bars)
