@@ -76,17 +76,17 @@ def app_command(args: argparse.Namespace) -> int:
     """Serve the widgets of notebook 06. Voilà's page asks others for fonts: the policy forbids it."""
     if not (args.run / "model.safetensors").exists():
         raise FileNotFoundError(f"{args.run} is not a finished run; train one first (`mtx run`)")
+    import nbformat.v4 as nb
+
     code = f"from mtxlib.book.widgets import app\napp({str(args.run.resolve())!r})"
-    cells = [{"cell_type": "markdown", "metadata": {}, "source": "# Morph, compose, steer"},
-             {"cell_type": "code", "metadata": {}, "source": code, "execution_count": None, "outputs": []}]
+    page = nb.new_notebook(cells=[nb.new_markdown_cell("# Morph, compose, steer"), nb.new_code_cell(code)])
     policy = f"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws://127.0.0.1:{args.port}"
     settings = {
         "Voila": {"ip": "127.0.0.1", "port": args.port, "open_browser": not args.no_browser,
                   "tornado_settings": {"headers": {"Content-Security-Policy": policy}}},
         "VoilaConfiguration": {"kernel_spec_manager_class": "mtxlib.book.notebooks.NoneRegistered"}}
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "mtx.ipynb").write_text(json.dumps(
-            {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 4}))
+        Path(folder, "mtx.ipynb").write_text(json.dumps(page))
         Path(folder, "voila.json").write_text(json.dumps(settings))
         return subprocess.call([sys.executable, "-m", "voila", "mtx.ipynb"], cwd=folder)
 

@@ -32,7 +32,6 @@ KERNEL_OPTIONS = [
     # a bar of tqdm.auto is text, which a terminal and a reader of the executed copy can see, and no widget
     "--IPKernelApp.exec_lines=import sys; sys.modules['tqdm.notebook'] = None",
 ]
-NOT_BY_DEFAULT = "07"  # 07_sweep reads the runs of a sweep
 READ = ("archive", "archives", "my_file", "table")  # parameters that are paths of files that may change between runs
 PATHS = (*READ, "data_dir", "floor_run")
 PRODUCTS = ("*.json", "*.jsonl", "*.safetensors")  # what a run folder has to keep
@@ -81,9 +80,9 @@ def shown(path: Path) -> str:
 
 
 def find_notebooks(folder: Path, names: list[str]) -> list[Path]:
-    """Numbered notebooks in order: all but 07, or those named by a path or by how they start (`05`)."""
+    """Numbered notebooks in order: all but 07, which reads a sweep, or those named by a path or their start (`05`)."""
     numbered = sorted(folder.resolve().glob("[0-9][0-9]_*.ipynb"))
-    found = set() if names else {path for path in numbered if not path.name.startswith(NOT_BY_DEFAULT)}
+    found = set() if names else {path for path in numbered if not path.name.startswith("07")}
     for name in names:
         hits = [Path(name).resolve()] if Path(name).is_file() else [p for p in numbered if p.name.startswith(name)]
         if len(hits) != 1:
@@ -136,9 +135,7 @@ def from_here(given: dict[str, str | list]) -> dict[str, str | list]:
 
 def plan(notebooks: list[Path], out: Path, preset: str, given: dict[str, str | list]) -> dict[Path, dict]:
     """What each notebook is passed: of preset, run_dir, the preset's values and the given ones those that it declares.
-
-    Raises ValueError where no notebook declares a given name, a type is wrong, or the config refuses a value.
-    """
+    Raises ValueError where no notebook declares a given name, a type is wrong, or the config refuses a value."""
     names = {path: declared(path) for path in notebooks}
     likes = {name: like for found in names.values() for name, like in found.items()}
     for name in given:
@@ -195,10 +192,8 @@ def products(notebook: Path, out: Path) -> list[str]:
 
 def run_notebooks(names: list[str], out: Path, preset: str = "quick", given: dict | None = None,
                   folder: Path = NOTEBOOKS, force: bool = False) -> None:
-    """Run notebooks in order into `out`, in the folder above theirs; what is done is skipped unless `force`.
-
-    Raises ValueError before anything runs where a name or value is refused, NotebookFailed at the first failure.
-    """
+    """Run notebooks in order into `out`, in the folder above theirs; what is done is skipped unless `force`. Raises
+    ValueError before anything runs where a name or value is refused, NotebookFailed at the first failure."""
     notebooks, out, given = find_notebooks(folder, names), Path(out).resolve(), from_here(given or {})
     if out in [notebook.parent for notebook in notebooks]:
         raise ValueError(f"expected a run folder, got {out}: the executed copies would replace the notebooks")
@@ -260,9 +255,8 @@ def execute(notebook: Path, passed: dict, copy: Path) -> None:
             stderr_file=Stream(), coalesce_streams=True)
     except papermill.PapermillExecutionError as e:
         trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(e.traceback)).splitlines()
-        lines = [*e.source.splitlines()[:6], "raised:", *trace[-8:]]
-        raise NotebookFailed("\n    ".join([f"{notebook.stem} failed in cell [{e.exec_count}]:", *lines])
-                             + f"\n{go_on}") from None
+        where, code = f"{notebook.stem} failed in cell [{e.exec_count}]:", e.source.splitlines()[:6]
+        raise NotebookFailed("\n    ".join([where, *code, "raised:", *trace[-8:]]) + f"\n{go_on}") from None
     except DeadKernelError as e:
         raise NotebookFailed(f"{notebook.stem}: the kernel died ({e}). Was it out of memory?\n{go_on}") from None
 

@@ -1,8 +1,6 @@
-"""The widgets of notebook 06: `Morph` one piece into another, `Compose` from the prior, `Steer` the attributes of a
-window; `play` shows all three.
+"""The widgets of notebook 06: `play` shows `Morph`, `Compose` and `Steer`.
 
 What is unusual: a callback never raises. What went wrong is one sentence in the status line, and what was shown stays.
-Uploads are parsed in a process of their own within limits of time, so a hostile file costs seconds and no more.
 """
 
 from __future__ import annotations  # symusic.Score is no class: `Path | Score` cannot be evaluated
@@ -51,8 +49,7 @@ def app(run_dir: str) -> widgets.Widget:
 
 
 def play(run: Run, pieces: list[Piece]) -> widgets.Tab:
-    """The widgets, one a tab; they offer these pieces. Steering, whose directions may have to be found first, is made
-    when its tab is opened."""
+    """The widgets with these pieces. Steering, whose directions may have to be found first, is made when opened."""
     later = widgets.HTML(finding := "Finding what to steer by in the training split; the run remembers it …")
     tabs = [Morph(run, pieces), Compose(run, pieces)] + [later] * (run.config.model.bottleneck == "rows")
     tab = widgets.Tab(tabs, titles=["Morph", "Compose", "Steer"])
@@ -68,8 +65,7 @@ def play(run: Run, pieces: list[Piece]) -> widgets.Tab:
 
 @contextmanager
 def telling(line: widgets.HTML, doing: str = ""):
-    """Says in `line` what is being done and, if it cannot be, why in one sentence: a mistake of the user's as it is
-    told, any other error with its kind, and the rest in the log."""
+    """Says in `line` what is being done and, if it cannot be, why in one sentence; of a bug the log has the rest."""
     line.value = said = spoken(doing)
     try:
         yield
@@ -140,8 +136,7 @@ class Studio(widgets.VBox):
         return scores
 
     def present(self, score: Score, name: str, draw, bars: int | None = None) -> None:
-        """Show a score once its picture, sound and notation are all there: what is seen is what is heard. `name` tells
-        it from all others, its files too; `draw` pictures it."""
+        """Show a score once its picture, by `draw`, sound and notation are all there. No other has this `name`."""
         if name not in self.ready:
             self.ready[name] = display.player(score, self.plays.value), notation.notation(score, bars).encode(), draw()
         self.sound.value, self.notation.value, self.picture.value = self.ready[name]
@@ -192,7 +187,6 @@ class Chooser(widgets.HBox):
             self.score = music and self.run.score(music)
             self.starts = bar_starts(self.score) if music else []
             self.bars.options = [(f"bars {bar + 1}–{bar + n}", bar) for bar in range(len(self.starts) - n)]
-            self.bars.index = 0 if music else None
             self.bars.layout.display = "" if music else HIDDEN
             self.changed()
 

@@ -348,7 +348,8 @@ def test_the_notes_that_are_counted_are_those_of_the_file_and_what_was_given_up_
     for file, notes in ((pieces[0].path, f"{given} notes\n"), (tmp_path / "a.mid", f"{given + 1} notes, 1 merged\n")):
         assert cli.main(["reconstruct", str(file), str(out), "--run", str(run_dir)]) == 0
         said = capsys.readouterr().out
-        assert said.startswith(f"{out}: {Score(out).note_num()} notes, note-F1 ") and said.endswith(f"; {file}: {notes}")
+        assert said.startswith(f"{out}: {Score(out).note_num()} notes, note-F1 ")
+        assert said.endswith(f"; {file}: {notes}")
 
 
 def test_the_shipped_run_is_found_from_anywhere(tmp_path, monkeypatch):
