@@ -440,7 +440,7 @@ folder, pieces = pickle.load(sys.stdin.buffer)
 widget = Morph(load_run(folder), pieces)
 assert "audio/ogg" in widget.sound.value
 times, heard = [time.perf_counter() - began], widget.sound.value
-for alpha in widget.alphas[1:-1]:
+for alpha in widget.steps[1:-1]:
     if alpha != widget.alpha.value:
         began = time.perf_counter()
         widget.alpha.value = alpha

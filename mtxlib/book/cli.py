@@ -1,5 +1,4 @@
-"""The `mtx` command: `run` notebooks, `sweep` them, `reconstruct` a file through the latent, serve the widgets as an
-`app`."""
+"""The `mtx` command: `run` notebooks, `sweep` them, take a file through the latent, serve the widgets as a page."""
 
 import argparse
 import json
@@ -21,7 +20,7 @@ SHIPPED = ROOT / "outputs" / "reference"
 
 
 def run_command(args: argparse.Namespace) -> int:
-    given = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in args.p)
+    given = {name: value for name, _, value in (pair.partition("=") for pair in args.p)}
     run_notebooks(args.notebook, args.out, args.preset, given, args.notebooks, args.force)
     print("\n" + report(args.out))
     return 0
@@ -44,12 +43,9 @@ def sweep_command(args: argparse.Namespace) -> int:
     workers = args.workers if args.workers is not None else 10_000 if args.cluster == "slurm" else 1
     if workers < 1:
         raise ValueError(f"--workers: expected 1 or more, got {workers}")
-    if args.cluster:
-        sbatch = dict(pair.split("=", 1) if "=" in pair else (pair, True) for pair in args.slurm)
-        sbatch |= {"partition": args.partition} if args.partition else {}
-        place = Jobs(args.cluster, workers, args.gpus, args.time or 60, sbatch)
-    else:
-        place = Processes(workers)
+    partition = [f"partition={args.partition}"] if args.partition else []
+    sbatch = {name: value or True for name, _, value in (pair.partition("=") for pair in args.slurm + partition)}
+    place = Jobs(args.cluster, workers, args.gpus, args.time or 60, sbatch) if args.cluster else Processes(workers)
     return 1 if run_sweep(args.file, place, args.out, args.notebooks) else 0
 
 
@@ -64,41 +60,33 @@ def reconstruct_command(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.out} is the file to be read: give the reconstruction another name")
     check_value("temperature", args.temperature)
     from mtxlib.music.display import save  # torch takes seconds to import, and `mtx` has to refuse at once
+    from mtxlib.music.readers import read_counted, told
     from mtxlib.music.score import note_f1
     from mtxlib.run import load_run
 
     run = load_run(args.run)
     again = run.reconstruct(args.file, args.temperature)
     save(again, args.out)
-    given = run.score(args.file)
-    print(f"{args.out}: {again.note_num()} notes, {notes_of(args.file, given)} in {args.file}; "
-          f"note-F1 {note_f1(given, again):.3f}")
+    given, losses = read_counted(args.file, **run.config.data.form)
+    print(f"{args.out}: {again.note_num():,} notes, note-F1 {note_f1(given, again):.3f}; {args.file}: {told(losses)}")
     return 0
-
-
-def notes_of(file: Path, given) -> str:
-    """How many notes a file has, and `given`, its normal form, of them."""
-    from symusic import Score
-
-    own = Score(file) if file.suffix.lower() in (".mid", ".midi") else given  # not before it has been read safely
-    return f"{given.note_num()} of the {own.note_num()}" if own.note_num() != given.note_num() else f"{own.note_num()}"
 
 
 def app_command(args: argparse.Namespace) -> int:
     """Serve the widgets of notebook 06. Voilà's page asks others for fonts: the policy forbids it."""
     if not (args.run / "model.safetensors").exists():
         raise FileNotFoundError(f"{args.run} is not a finished run; train one first (`mtx run`)")
+    import nbformat.v4 as nb
+
     code = f"from mtxlib.book.widgets import app\napp({str(args.run.resolve())!r})"
-    cells = [{"cell_type": "markdown", "metadata": {}, "source": "# Morph, compose, steer"},
-             {"cell_type": "code", "metadata": {}, "source": code, "execution_count": None, "outputs": []}]
+    page = nb.new_notebook(cells=[nb.new_markdown_cell("# Morph, compose, steer"), nb.new_code_cell(code)])
     policy = f"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws://127.0.0.1:{args.port}"
     settings = {
         "Voila": {"ip": "127.0.0.1", "port": args.port, "open_browser": not args.no_browser,
                   "tornado_settings": {"headers": {"Content-Security-Policy": policy}}},
         "VoilaConfiguration": {"kernel_spec_manager_class": "mtxlib.book.notebooks.NoneRegistered"}}
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "mtx.ipynb").write_text(json.dumps(
-            {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 4}))
+        Path(folder, "mtx.ipynb").write_text(json.dumps(page))
         Path(folder, "voila.json").write_text(json.dumps(settings))
         return subprocess.call([sys.executable, "-m", "voila", "mtx.ipynb"], cwd=folder)
 
@@ -112,34 +100,33 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="run folder; default %(default)s")
     run.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="set a notebook parameter")
     run.add_argument("--force", action="store_true", help="repeat what is done")
-    run.set_defaults(call=run_command)
     sweep = commands.add_parser("sweep", help="run notebooks with many settings; the same command resumes",
                                 formatter_class=argparse.RawDescriptionHelpFormatter, epilog=SWEEP_FORMAT)
     sweep.add_argument("file", type=Path, metavar="SWEEP.YAML", help="what to run, see below")
     sweep.add_argument("--out", type=Path, help="folder of the runs and table.csv; default outputs/sweeps/<name>")
     sweep.add_argument("--workers", type=int, metavar="N", help="runs at a time; default 1, on Slurm all")
-    sweep.add_argument("--cluster", choices=["slurm", "local"], help="each run as a job that outlives this command, "
-                       "through submitit: on Slurm, or in the background of this machine")
+    sweep.add_argument("--cluster", choices=["slurm", "local"], help="runs as jobs that outlive this command, on Slurm "
+                       "or in the background of this machine")
     sweep.add_argument("--gpus", type=int, default=0, metavar="N", help="of a job; default none")
     sweep.add_argument("--partition", metavar="NAME", help="of Slurm")
     sweep.add_argument("--time", type=minutes, metavar="LIMIT", help="minutes or HH:MM:SS until Slurm has a job save "
                        "itself and queue again; default 60")
     sweep.add_argument("--slurm", action="append", default=[], metavar="OPTION[=VALUE]",
                        help="any other of sbatch: account=me, constraint=a100, cpus-per-task=8, exclusive")
-    sweep.set_defaults(call=sweep_command)
     again = commands.add_parser("reconstruct", help="a piece of any length through the latent of a run, and back")
     again.add_argument("file", type=Path, help="MIDI or MusicXML")
     again.add_argument("out", type=Path, help="the reconstruction, .mid or .musicxml")
-    again.add_argument("--run", type=Path, default=SHIPPED, help="run folder; default the one that comes along")
     again.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    again.set_defaults(call=reconstruct_command)
     app = commands.add_parser("app", help="the widgets of notebook 06 as a page on this machine, without Jupyter")
-    app.add_argument("--run", type=Path, default=SHIPPED, help="run folder; default the one that comes along")
     app.add_argument("--port", type=int, default=8866, help="default %(default)s")
     app.add_argument("--no-browser", action="store_true", help="only print the address")
-    app.set_defaults(call=app_command)
+    calls = {run: run_command, sweep: sweep_command, again: reconstruct_command, app: app_command}
+    for command, call in calls.items():
+        command.set_defaults(call=call)
     for command in (run, sweep):
         command.add_argument("--notebooks", type=Path, default=NOTEBOOKS, metavar="DIR", help="folder of the notebooks")
+    for command in (again, app):
+        command.add_argument("--run", type=Path, default=SHIPPED, help="run folder; default the one that comes along")
     return top
 
 

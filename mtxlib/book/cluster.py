@@ -1,9 +1,8 @@
 """Where the runs of a sweep take place: processes of this command, or jobs of submitit.
 
 A run is the command `mtx run`, which goes on from its done-files and its state.pt. So a job that was preempted, or came
-to its time limit, only has to be queued again. Where Slurm warns it, with SIGUSR2, the run first saves itself; killed
-without a warning it goes on from its last checkpoint. submitit pickles a job to `<run>/jobs/` and reads it there again;
-nothing from outside is loaded.
+to its time limit, only has to be queued again; warned by Slurm, with SIGUSR2, it first saves itself. submitit pickles a
+job to `<run>/jobs/` and reads it there again; nothing from outside is loaded.
 """
 
 import contextlib
@@ -24,7 +23,8 @@ OFTEN = 10_000  # times a job may come to its limit: each time it gets further
 
 
 class Processes:
-    """Runs as processes of this command, which stop and save themselves when it ends."""
+    """Runs as processes of this command, which stop and save themselves when it ends. As in `Jobs`, `states` has the
+    runs that are not over: waiting or running."""
 
     seconds = 0.2  # between two looks
 
@@ -37,7 +37,6 @@ class Processes:
             self.processes[out] = subprocess.Popen(command, stdout=log, stderr=log, env=env)
 
     def states(self) -> dict[Path, str]:
-        """Of the runs that are not over: waiting or running."""
         return {out: "running" for out, process in self.processes.items() if process.poll() is None}
 
     def leave(self, active: int) -> None:
@@ -50,9 +49,9 @@ class Processes:
 class Jobs:
     """Runs as jobs that outlive this command: on Slurm, or (cluster `local`) in the background of this machine.
 
-    `most` jobs at a time; `gpus` a job; `minutes` until one on Slurm is saved and queued again; `sbatch` holds other
-    options by their long names. A job's comment is its run folder: by it Slurm's queue tells the jobs of an earlier
-    command. Raises ValueError where Slurm is missing or refuses.
+    `most` at a time; `gpus` a job; `minutes` until one on Slurm is saved and queued again; `sbatch`: other options by
+    their long names. By a job's comment, its run folder, Slurm's queue tells those of an earlier command. Raises
+    ValueError where Slurm is missing or refuses.
     """
 
     seconds = 5  # seldom enough for a controller that many ask
@@ -61,11 +60,9 @@ class Jobs:
         if cluster == "slurm" and not shutil.which("squeue"):
             raise ValueError("--cluster slurm: expected Slurm's commands here, got no squeue: is this a login node?")
         self.cluster, self.most, self.jobs, self.queue = cluster, most, {}, None
-        self.options = {"gpus_per_node": gpus} if gpus else {}
-        if cluster == "slurm":
-            self.options |= {"timeout_min": minutes, "slurm_additional_parameters": {"requeue": True, **sbatch}}
-        else:
-            self.options["timeout_min"] = 10**7  # or submitit takes two minutes
+        slurm = {"timeout_min": minutes, "slurm_additional_parameters": {"requeue": True, **sbatch}}
+        self.options = slurm if cluster == "slurm" else {"timeout_min": 10**7}  # or submitit takes two minutes
+        self.options |= {"gpus_per_node": gpus} if gpus else {}
 
     def start(self, out: Path, command: list[str]) -> None:
         executor = submitit.AutoExecutor(out / "jobs", self.cluster, slurm_max_num_timeout=OFTEN)
@@ -80,7 +77,6 @@ class Jobs:
         self.queue = {**(self.queue or {}), out: "waiting"}
 
     def states(self) -> dict[Path, str]:
-        """Of the runs that are not over: waiting or running."""
         if self.cluster == "local":
             return {out: "running" for out, job in self.jobs.items() if not job.done()}
         answer = subprocess.run(["squeue", "--me", "--noheader", "--format=%T %k"], capture_output=True, text=True)

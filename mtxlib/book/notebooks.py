@@ -1,10 +1,8 @@
 """The numbered notebooks, run in order through papermill.
 
 What papermill leaves open is settled here. It only warns about a misspelt parameter: `mtx` refuses it before anything
-runs, and takes paths from where it was called. It has no resume: `<out>/.done/<notebook>.json` holds a digest of the
-notebook's code, its parameters, the state of the files they name and the done files before it, so a notebook is
-repeated when any of these changed or what it made is gone, and everything after it too. It takes whichever `python3`
-kernel is registered first: here the kernel is always the Python that runs `mtx`.
+runs, and takes paths from where it was called. It has no resume: here `<out>/.done/<notebook>.json` says what a result
+rests on and what was made. It takes whichever `python3` kernel is registered first: here it is the Python of `mtx`.
 """
 
 import ast
@@ -22,7 +20,7 @@ from pathlib import Path
 import yaml
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
-from traitlets import Float, default
+from traitlets import Float, Instance, List
 
 from mtxlib import ROOT
 from mtxlib.config import Config, archive_paths, check_value, flat_names, nearest, preset_values
@@ -34,16 +32,14 @@ KERNEL_OPTIONS = [
     # a bar of tqdm.auto is text, which a terminal and a reader of the executed copy can see, and no widget
     "--IPKernelApp.exec_lines=import sys; sys.modules['tqdm.notebook'] = None",
 ]
-NOT_BY_DEFAULT = "07"  # 07_sweep reads the runs of a sweep
-PATHS = ("archive", "archives", "data_dir", "floor_run", "my_file", "table")  # parameters that are paths
-READ = ("archive", "archives", "my_file", "table")  # those whose files may change between two runs
+READ = ("archive", "archives", "my_file", "table")  # parameters that are paths of files that may change between runs
+PATHS = (*READ, "data_dir", "floor_run")
 PRODUCTS = ("*.json", "*.jsonl", "*.safetensors")  # what a run folder has to keep
 SET_BY = {"preset": "--preset", "run_dir": "--out"}
 FIGURES = {  # the keys of diagnosis.json that the tables show, with their units
     "verdict": "", "delta_nll_shuffled": "nats per token", "active_units": "share of latent dimensions",
     "rate_nats": "nats per window", "recon_nats": "nats per window", "recon_per_token": "nats per token",
-    "note_f1": "greedy, from z alone",
-    "prior_wellformed": "share of prior samples", "n_windows": "windows judged",
+    "note_f1": "greedy, from z alone", "prior_wellformed": "share of prior samples", "n_windows": "windows judged",
 }
 
 
@@ -52,19 +48,14 @@ class NotebookFailed(RuntimeError):
 
 
 class NoneRegistered(KernelSpecManager):
-    """Finds no kernel, so that `python3` means sys.executable."""
+    """Looks for kernels nowhere, so that `python3` means sys.executable."""
 
-    @default("kernel_dirs")
-    def _nowhere(self):
-        return []
+    kernel_dirs = List([])
 
 
 class ThisPython(AsyncKernelManager):
+    kernel_spec_manager = Instance(NoneRegistered, ())
     shutdown_wait_time = Float(20.0)  # seconds, of which training gets half to save itself at Ctrl-C
-
-    @default("kernel_spec_manager")
-    def _none_registered(self):
-        return NoneRegistered()
 
 
 class Stream(io.TextIOBase):
@@ -89,9 +80,9 @@ def shown(path: Path) -> str:
 
 
 def find_notebooks(folder: Path, names: list[str]) -> list[Path]:
-    """Numbered notebooks in order: all but 07, or those named by a path or by how they start (`05`)."""
+    """Numbered notebooks in order: all but 07, which reads a sweep, or those named by a path or their start (`05`)."""
     numbered = sorted(folder.resolve().glob("[0-9][0-9]_*.ipynb"))
-    found = set() if names else {path for path in numbered if not path.name.startswith(NOT_BY_DEFAULT)}
+    found = set() if names else {path for path in numbered if not path.name.startswith("07")}
     for name in names:
         hits = [Path(name).resolve()] if Path(name).is_file() else [p for p in numbered if p.name.startswith(name)]
         if len(hits) != 1:
@@ -110,12 +101,9 @@ def code_cells(notebook: Path) -> list[tuple[str, list[str]]]:
 
 
 def declared(notebook: Path) -> dict[str, object]:
-    """Names and defaults in the cell tagged `parameters`; a default annotated float is one. Raises ValueError.
-
-    Read with ast: papermill's own reader drops a line whose comment holds a second equals sign.
-    """
-    cells = [code for code, tags in code_cells(notebook) if "parameters" in tags]
-    found = {}
+    """Names and defaults in the cell tagged `parameters`; a default annotated float is one. Raises ValueError. Not by
+    papermill's reader, which drops a line whose comment holds a second equals sign."""
+    cells, found = [code for code, tags in code_cells(notebook) if "parameters" in tags], {}
     try:
         for line in ast.parse(*cells).body:
             value, kind = ast.literal_eval(line.value), getattr(line, "annotation", None)
@@ -147,9 +135,7 @@ def from_here(given: dict[str, str | list]) -> dict[str, str | list]:
 
 def plan(notebooks: list[Path], out: Path, preset: str, given: dict[str, str | list]) -> dict[Path, dict]:
     """What each notebook is passed: of preset, run_dir, the preset's values and the given ones those that it declares.
-
-    Raises ValueError where no notebook declares a given name, a type is wrong, or the config refuses a value.
-    """
+    Raises ValueError where no notebook declares a given name, a type is wrong, or the config refuses a value."""
     names = {path: declared(path) for path in notebooks}
     likes = {name: like for found in names.values() for name, like in found.items()}
     for name in given:
@@ -171,29 +157,21 @@ def done_file(notebook: Path, out: Path) -> Path:
     return out / ".done" / f"{notebook.stem}.json"
 
 
-def source_of(notebook: Path, passed: dict, out: Path) -> list[tuple]:
-    """Name, size and time of each file that the parameters, or else the run's config, name as something to read."""
+def rests_on(notebook: Path, passed: dict, out: Path) -> dict[str, str]:
+    """Digests of all that the result rests on, and of the `source` alone: name, size and time of each file that the
+    parameters, or else the run's config, name as something to read."""
     from mtxlib.music.corpus import files_of
 
-    named, paths = [passed[name] for name in READ if name in passed], []
+    archives, paths = [passed[name] for name in READ if name in passed], []
     if "archive" not in declared(notebook) and (out / "config.json").exists():
-        named.append(Config.load(out / "config.json").data.archive)
-    for archive in named:
+        archives.append(Config.load(out / "config.json").data.archive)
+    for archive in archives:
         archive_paths(archive, paths.append)
     files = {str(file): file.stat() for path in paths for file in files_of(Path(path))}
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items()]
-
-
-def digest(*parts) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def rests_on(notebook: Path, passed: dict, out: Path) -> dict[str, str]:
-    """Digests of all that the result rests on: the code, the parameters, the source and the done files before it; and
-    of the source alone."""
-    code, source = [code for code, _ in code_cells(notebook)], source_of(notebook, passed, out)
+    source = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items()]
     before = [path.read_text() for path in sorted((out / ".done").glob("*.json")) if path.stem < notebook.stem]
-    return {"digest": digest(code, passed, source, before), "source": digest(source)}
+    parts = {"digest": ([code for code, _ in code_cells(notebook)], passed, source, before), "source": (source,)}
+    return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
 
 
 def seconds_done(notebook: Path, passed: dict, out: Path) -> float | None:
@@ -214,10 +192,8 @@ def products(notebook: Path, out: Path) -> list[str]:
 
 def run_notebooks(names: list[str], out: Path, preset: str = "quick", given: dict | None = None,
                   folder: Path = NOTEBOOKS, force: bool = False) -> None:
-    """Run notebooks in order into `out`, in the folder above theirs; what is done is skipped unless `force`.
-
-    Raises ValueError before anything runs where a name or value is refused, NotebookFailed at the first failure.
-    """
+    """Run notebooks in order into `out`, in the folder above theirs; what is done is skipped unless `force`. Raises
+    ValueError before anything runs where a name or value is refused, NotebookFailed at the first failure."""
     notebooks, out, given = find_notebooks(folder, names), Path(out).resolve(), from_here(given or {})
     if out in [notebook.parent for notebook in notebooks]:
         raise ValueError(f"expected a run folder, got {out}: the executed copies would replace the notebooks")
@@ -279,9 +255,8 @@ def execute(notebook: Path, passed: dict, copy: Path) -> None:
             stderr_file=Stream(), coalesce_streams=True)
     except papermill.PapermillExecutionError as e:
         trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(e.traceback)).splitlines()
-        lines = [*e.source.splitlines()[:6], "raised:", *trace[-8:]]
-        raise NotebookFailed("\n    ".join([f"{notebook.stem} failed in cell [{e.exec_count}]:", *lines])
-                             + f"\n{go_on}") from None
+        where, code = f"{notebook.stem} failed in cell [{e.exec_count}]:", e.source.splitlines()[:6]
+        raise NotebookFailed("\n    ".join([where, *code, "raised:", *trace[-8:]]) + f"\n{go_on}") from None
     except DeadKernelError as e:
         raise NotebookFailed(f"{notebook.stem}: the kernel died ({e}). Was it out of memory?\n{go_on}") from None
 
@@ -294,15 +269,13 @@ def figures(out: Path) -> dict[str, object]:
 
 
 def report(out: Path) -> str:
-    rows = [(key, f"{f'{value:.3f}' if isinstance(value, float) else value:<10}{FIGURES[key]}")
-            for key, value in figures(out).items()]
-    rows = rows or [("diagnosis", f"none: {shown(out / 'diagnosis.json')} is written by 05_latent_space")]
-    seconds = {path.stem[:2]: json.loads(path.read_text())["seconds"]
-               for path in sorted((out / ".done").glob("*.json"))}
-    if seconds:
-        spent = ", ".join(f"{number}: {took:.0f}" for number, took in seconds.items())
-        rows.append(("seconds", f"{f'{sum(seconds.values()):.0f}':<10}{spent}"))
-    rows += [("notebooks", f"{shown(out)}/*.ipynb ({len(list(out.glob('*.ipynb')))})"),
-             ("MIDI", f"{shown(out)}/samples/*.mid ({len(list(out.glob('samples/*.mid')))})"),
-             ("checkpoint", f"{shown(out)}/model.safetensors" if (out / "model.safetensors").exists() else "none")]
-    return "\n".join(f"{name:<20}{value}".rstrip() for name, value in rows)
+    rows = {key: f"{f'{value:.3f}' if isinstance(value, float) else value:<10}{FIGURES[key]}"
+            for key, value in figures(out).items()}
+    rows = rows or {"diagnosis": f"none: {shown(out / 'diagnosis.json')} is written by 05_latent_space"}
+    seconds = {path.stem[:2]: json.loads(path.read_text())["seconds"] for path in sorted(out.glob(".done/*.json"))}
+    spent = ", ".join(f"{number}: {took:.0f}" for number, took in seconds.items())
+    rows |= {"seconds": f"{f'{sum(seconds.values()):.0f}':<10}{spent}",
+             "notebooks": f"{shown(out)}/*.ipynb ({len(list(out.glob('*.ipynb')))})",
+             "MIDI": f"{shown(out)}/samples/*.mid ({len(list(out.glob('samples/*.mid')))})",
+             "checkpoint": f"{shown(out)}/model.safetensors" if (out / "model.safetensors").exists() else "none"}
+    return "\n".join(f"{name:<20}{value}".rstrip() for name, value in rows.items())

@@ -87,11 +87,8 @@ def folder_name(name: str) -> str:
 
 
 def run_sweep(file: Path, place: Processes | Jobs, out: Path | None = None, folder: Path = NOTEBOOKS) -> int:
-    """Run in `place` what is not done yet; returns how many runs failed.
-
-    Runs that `place` holds from an earlier command are watched, not started again. `out/table.csv` is written anew at
-    every change of state. Raises ValueError before anything starts.
-    """
+    """Run in `place` what is not done yet; returns how many runs failed. Those that `place` holds from an earlier
+    command are watched, not started again. Raises ValueError before anything starts."""
     file, out, folder = file.resolve(), out and out.resolve(), folder.resolve()
     sweep, preset, notebooks, runs = read_sweep(file, folder)
     books.check_folder(out or folder)
@@ -102,8 +99,8 @@ def run_sweep(file: Path, place: Processes | Jobs, out: Path | None = None, fold
         def look(name: str, otherwise: str) -> None:
             work = plan(notebooks, out / name, preset, runs[name])
             spent = [books.seconds_done(notebook, passed, out / name) for notebook, passed in work.items()]
-            rows[name] |= {"state": otherwise if None in spent else "done",
-                           "seconds": round(sum(seconds or 0 for seconds in spent)), **books.figures(out / name)}
+            rows[name] |= {"state": otherwise if None in spent else "done", "seconds": round(sum(filter(None, spent))),
+                           **books.figures(out / name)}
 
         for name in runs:
             look(name, "waiting")

@@ -15,7 +15,7 @@ import nbformat
 import papermill
 import pytest
 import yaml
-from symusic import Note, Score, Track
+from symusic import Score
 
 from mtxlib import ROOT
 from mtxlib.book import cli, notebooks
@@ -339,16 +339,17 @@ def test_reconstruct_never_overwrites_what_it_reads_and_asks_first(pieces, tmp_p
         assert "parameter 'temperature': expected" in capsys.readouterr().err
 
 
-def test_the_notes_that_are_counted_are_those_of_the_file(tmp_path):
-    from mtxlib.music.readers import read_score
-
-    score = Score(480)
-    score.tracks.append(Track("", 0, False))
-    score.tracks[0].notes.extend([Note(60 * i, 60, 60 + i % 2 * 7, 80) for i in range(64)])  # 32nds
+def test_the_notes_that_are_counted_are_those_of_the_file_and_what_was_given_up_is_said(
+        run_dir, pieces, tmp_path, capsys):
+    score = Score(pieces[0].path)
+    given, out = score.note_num(), tmp_path / "again.mid"
+    score.tracks[0].notes.append(score.tracks[0].notes[0])  # a double
     score.dump_midi(tmp_path / "a.mid")
-    normal = read_score(tmp_path / "a.mid")
-    assert cli.notes_of(tmp_path / "a.mid", score) == "64"
-    assert cli.notes_of(tmp_path / "a.mid", normal) in ("64", f"{normal.note_num()} of the 64")
+    for file, notes in ((pieces[0].path, f"{given} notes\n"), (tmp_path / "a.mid", f"{given + 1} notes, 1 merged\n")):
+        assert cli.main(["reconstruct", str(file), str(out), "--run", str(run_dir)]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(f"{out}: {Score(out).note_num()} notes, note-F1 ")
+        assert said.endswith(f"; {file}: {notes}")
 
 
 def test_the_shipped_run_is_found_from_anywhere(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from datetime import datetime
 import numpy as np
 import pytest
 import torch
-from symusic import Note, Score, Track
+from symusic import Note, Score, Tempo, Track
 
 from mtxlib.book import widgets
 from mtxlib.music import notation
@@ -147,6 +147,18 @@ def test_saving_never_overwrites_and_says_where_or_why_not(own, pieces):
     samples.write_text("a file in the way")
     m.save(".mid")
     assert "File exists" in said(m)
+
+
+def test_a_morph_is_saved_at_a_tempo_between_those_of_its_pieces(own, pieces):
+    m = widgets.Morph(own, pieces)
+    for chooser, tempo in ((m.a, 60), (m.b, 180)):
+        score = Score.from_midi(midi(8))
+        score.tempos.append(Tempo(0, tempo))
+        upload(chooser, f"{tempo}.mid", score.dumps_midi())
+    m.alpha.value = 0.25
+    m.save(".mid")
+    [path] = (own.folder / "samples").glob("*.mid")
+    assert Score(path).tempos[0].qpm == pytest.approx(90, abs=0.01)  # MIDI counts microseconds
 
 
 def test_steering_moves_along_the_directions_and_measures(own, pieces):
