@@ -45,26 +45,24 @@ def normalise(score: Score, grid: int = 4, velocities: int = 0, tempos: int = 0,
     lines, metres = np.array([start for start, *_ in bars]), [metre for *_, metre in bars]
     starts = np.array([*accumulate(map(bar_length, metres[:-1]), initial=0)])
     longest = np.array([MAX_BEATS * 16 * fine // denominator for _, denominator in metres])
+    shift = fine * (starts - lines)
 
-    def bar_of(times: np.ndarray, lines: np.ndarray, side: str = "right") -> np.ndarray:
+    def bar_of(times: np.ndarray, side: str = "right") -> np.ndarray:
         return np.maximum(np.searchsorted(fine * lines, times, side) - 1, 0)
-
-    def placed(times: np.ndarray, side: str = "right") -> np.ndarray:
-        return times + fine * (starts - lines)[bar_of(times, lines, side)]
 
     result = Score(TPQ)
     result.time_signatures.extend([TimeSignature(start * GRID, *metre) for start, metre, before in zip(
         starts.tolist(), metres, [None, *metres[:-1]], strict=True) if metre != before])
-    for program, name, is_drum, rows in distinct_programs(parts):
-        start, end = placed(rows[:, 0]), placed(rows[:, 0] + rows[:, 1], "left")
-        length = np.minimum(end - start, longest[bar_of(start, starts)])
-        start, length, pitch, velocity = in_turn(np.stack([start, length, *rows.T[2:]], axis=1)).T
-        track = Track(name, program, is_drum)
-        track.notes = Note.from_numpy(start * step, length * step, pitch, velocity)
-        result.tracks.append(track)
+    for program, name, rows, is_drum in distinct_programs(parts):
+        start, length, pitch, velocity = rows.T
+        bar, end = bar_of(start), start + length
+        length = np.minimum(end + shift[bar_of(end, "left")] - start - shift[bar], longest[bar])
+        start, length, *sound = in_turn(np.stack([start + shift[bar], length, pitch, velocity], axis=1)).T
+        result.tracks.append(Track(name, program, is_drum))
+        result.tracks[-1].notes = Note.from_numpy(start * step, length * step, *sound)
     within("too many bars", len(bar_starts(result)) - 1, MAX_BARS)
     first, *others = tempo_line(score, onsets.min(), onsets.max(), grid, tempos)
-    result.tempos.extend([Tempo(0, first[1]), *(Tempo(int(placed(time)) * step, qpm) for time, qpm in others)])
+    result.tempos.extend([Tempo(0, first[1]), *(Tempo(int(t + shift[bar_of(t)]) * step, qpm) for t, qpm in others)])
     return result
 
 
@@ -121,9 +119,9 @@ def velocity_levels(velocities: int) -> np.ndarray:
 
 def tempo_line(score: Score, first: int, last: int, grid: int, tempos: int) -> list[tuple[int, float]]:
     """(position, quarters a minute) of the tempos of the music from `first` to `last`; without `tempos` the first."""
-    marks = [(0, TEMPO), *((on_grid(t.time, score.tpq, grid), t.qpm) for t in score.tempos if 0 < t.qpm < np.inf)]
-    marks.sort(key=lambda mark: mark[0])
-    line = {first: next(qpm for time, qpm in reversed(marks) if time <= first)}
+    marks = [(on_grid(t.time, score.tpq, grid), t.qpm) for t in score.tempos if 0 < t.qpm < np.inf]
+    marks = sorted([(0, TEMPO), *marks], key=lambda mark: mark[0])
+    line = {first: [qpm for time, qpm in marks if time <= first][-1]}
     if tempos:
         line |= {time: qpm for time, qpm in marks if first < time <= last}
         levels = np.geomspace(*TEMPI, tempos).round(2)  # as MidiTok has them
@@ -144,16 +142,14 @@ def distinct_programs(parts: list[tuple]) -> list[tuple]:
     """The first part of a program keeps it, others take the nearest free one, of its family of 8 if possible; all
     drums are one part."""
     free, result = set(range(128)) - {program for program, _, is_drum, _ in parts if not is_drum}, {}
-    for p, name, is_drum, rows in parts:
-        if is_drum:
-            _, name, _, hits = result.get("drums", (0, name or "Drums", True, rows[:0]))
-            result["drums"] = (0, name, True, np.concatenate([hits, rows]))
-            continue
-        if p in result:
-            p = min(free, key=lambda q: (q // 8 != p // 8, abs(q - p)))
-            free.remove(p)
-        result[p] = (p, name, False, rows)
-    return list(result.values())
+    for program, name, is_drum, rows in parts:
+        key = "drums" if is_drum else program
+        if key in result and not is_drum:
+            key = min(free, key=lambda q: (q // 8 != program // 8, abs(q - program)))
+            free.remove(key)
+        first, hits = result.get(key, (name or "Drums" * is_drum, rows[:0]))
+        result[key] = first, np.concatenate([hits, rows])
+    return [(0, *part, True) if key == "drums" else (key, *part, False) for key, part in result.items()]
 
 
 def file_bars(score: Score, first: int, last: int) -> list[tuple[int, int, tuple[int, int]]]:
