@@ -56,9 +56,9 @@ def load_corpus(source: str = "bach", data_dir: str | Path = "data", *, archive:
     """Prepare what is missing under `data_dir`, print one summary line per source and return the pieces that were kept.
 
     source: bach, jsfakes, jsb, folder, or a sum such as "bach+jsfakes".
-    archive: what to read instead of a download, needed until the cache is there: a zip or folder (jsfakes), the JSON
-      file (jsb), any tree of MIDI and MusicXML (folder). For several sources: "jsfakes=a.zip,jsb=b.json". One that is
-      new or changed rebuilds the cache.
+    archive: any tree of MIDI and MusicXML (folder), or what to read instead of a download, which nothing needs once it
+      is cached: a zip or folder (jsfakes), the JSON file (jsb). For several sources: "jsfakes=a.zip,jsb=b.json". One
+      that is new or changed rebuilds the cache.
     limit: keep only the first pieces of each source, in a cache of their own; 0 keeps all.
     form: dials of `music.normal.normalise` that differ from its defaults; each choice has a cache of its own.
 
@@ -66,12 +66,13 @@ def load_corpus(source: str = "bach", data_dir: str | Path = "data", *, archive:
     their tune, test before valid before train. Raises ValueError for an unknown source, an archive that cannot be read
     and a source with no usable piece, ConnectionError if a download fails.
     """
-    loaded = {name: load_source(name, Path(data_dir), path, limit, form or {}, workers, progress)
-              for name, path in parse_archives(source, archive).items()}
-    kept = [e for _, entries in loaded.values() for e in entries if "file" in e]
-    jsb = {e["tune"]: split for split in SPLITS for e in kept if e["source"] == "jsb" and e["split"] == split}
-    splits, pieces = split_by_tune((e["tune"] for e in kept), jsb), []
-    for name, (folder, entries) in loaded.items():
+    loaded = [load_source(name, Path(data_dir), path, limit, form or {}, workers, progress)
+              for name, path in parse_archives(source, archive).items()]
+    kept = [e for _, entries in loaded for e in entries if "file" in e]
+    own = {e["tune"]: split for split in SPLITS for e in kept if e["source"] == "jsb" and e["split"] == split}
+    splits, pieces = split_by_tune((e["tune"] for e in kept), own), []
+    for folder, entries in loaded:
+        name = entries[0]["source"]
         part = [Piece(**{f: e.get(f) for f in Piece.__annotations__} | {"path": folder / e["file"]} | (
             {"split": splits[e["tune"]]} if name != "jsb" else {})) for e in entries if "file" in e]
         counts = Counter(p.split for p in part)
@@ -103,14 +104,14 @@ def bach_tasks(_: str) -> list[tuple]:
 def jsfakes_tasks(archive: str) -> list[tuple]:
     where = archive or JSFAKES_URL
     if Path(where).is_dir():
-        files = {f.relative_to(where): f.read_bytes() for f in files_of(Path(where))}
+        files = {f.relative_to(where): f.read_bytes() for f in files_of(Path(where)) if f.suffix == ".mid"}
     else:
         try:
             with zipfile.ZipFile(io.BytesIO(fetch("jsfakes", JSFAKES_URL, archive))) as z:
-                files = {Path(name): z.read(name) for name in z.namelist()}
+                files = {Path(name): z.read(name) for name in z.namelist() if name.endswith(".mid")}
         except zipfile.BadZipFile as e:
             raise ValueError(f"{where}: expected a zip of js-fakes: {e}") from e
-    files = {f.stem: data for f, data in files.items() if f.suffix == ".mid" and f.parent.name in ("midi", "")}
+    files = {f.stem: data for f, data in files.items() if f.parent.name in ("midi", "")}
     digest = hashlib.sha256(b"".join(name.encode() + files[name] for name in sorted(files))).hexdigest()
     if digest != JSFAKES_SHA256:
         message = f"{where} is not js-fakes as expected: {len(files)} files, SHA-256 {digest}"
@@ -169,14 +170,14 @@ def parse_archives(source: str, archive: str) -> dict[str, str]:
         raise ValueError(f"source {source!r}: expected {', '.join(TASKS)}, or different ones of them joined by +")
     users = [name for name in names if name != "bach"]
     given = dict(re.findall(f"(?:^|,)({which})=(.*?)(?=,(?:{which})=|$)", archive))
-    given = given or (dict.fromkeys(users, archive) if archive and len(users) == 1 else {})
+    given = given or dict.fromkeys(users if archive and len(users) == 1 else (), archive)
     if set(given) - set(users) or archive and not given:
         raise ValueError(f"archive {archive!r} for source {source!r}: expected a path for {users or 'none'}; for "
                          f"several write jsfakes=a.zip,jsb=b.json")
     for name in {*given, *(set(users) & {"folder"})}:
         if not given.get(name) or not Path(given[name]).exists():
             raise ValueError(f"source {name!r}: archive {given.get(name, '')!r} does not exist")
-    return {name: given.get(name, "") for name in names}
+    return dict.fromkeys(names, "") | given
 
 
 def load_source(source: str, data_dir: Path, archive: str, limit: int, form: dict, workers: int | None,
@@ -226,8 +227,6 @@ def build(source: str, folder: Path, archive: str, limit: int, form: dict, worke
             files += [folder / entry["file"]] if "file" in entry else []
             if len(files) == limit > 0:
                 break
-    splits = split_by_tune((e["tune"] for e in entries if "file" in e), {})
-    entries = [e | {"split": e["split"] or splits[e["tune"]]} if "file" in e else e for e in entries]
     atomic_text(folder / "manifest.json", json.dumps(entries, indent=1))
     for stale in {*folder.glob("*.mid"), *folder.glob("*.part")} - {*files}:
         stale.unlink()

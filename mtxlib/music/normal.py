@@ -158,8 +158,8 @@ def file_bars(score: Score, first: int, last: int) -> list[tuple[int, int, tuple
     within("too many bars", (last - first) // max(BY_LENGTH), MAX_BARS)
     signs, starts = {0: (4, 4)}, {}
     for ts in sorted(score.time_signatures, key=lambda ts: ts.time):
-        known = ts.numerator > 0 and ts.denominator > 0
-        signs[on_grid(ts.time, score.tpq, 4)] = (ts.numerator, ts.denominator) if known else (4, 4)
+        metre = ts.numerator, ts.denominator
+        signs[on_grid(ts.time, score.tpq, 4)] = metre if min(metre) > 0 else (4, 4)
     n_signs = sum(at <= last for at in signs) + 3
     for (at, metre), (until, _) in list(pairwise([*signs.items(), (2**40, ())]))[:n_signs]:
         length = max(1.0, 16 * metre[0] / metre[1])

@@ -7,6 +7,7 @@ only (`processes`). Repeats are not expanded; grace notes and, in MusicXML, unpi
 import hashlib
 import io
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -84,6 +85,8 @@ def parse_midi(data: bytes) -> tuple[Score, int]:
 
 def first_programs(data: bytes) -> list[tuple[int, int]]:
     """(where in the events of a track a program stands, the one its channel had at its first note)."""
+    if not re.search(rb"[\xc0-\xcf][\0-\x7f]", data):
+        return []
     places, latest, first, at, status = [], {}, {}, 0, 0
     data, end = data + bytes(4), len(data)  # a track may be cut off inside an event
     while at < end:
