@@ -130,7 +130,7 @@ def main(n: int, archive: str = "") -> None:
             outcomes[file.stem[6:], way, why] += 1
             slowest[way] = max(slowest[way], (time.monotonic() - begin, file.name))
 
-        tasks = [(f.name, "midi", str(f), "", str(f.with_suffix(".out"))) for f in files]
+        tasks = [(f.name, "midi", str(f), "", str(f.with_suffix(".out")), {}) for f in files]
         begin = time.monotonic()
         for file, entry in zip(files, read_apart(tasks, 1), strict=True):
             note("corpus", file, begin, entry.get("skipped", "kept"))

@@ -1,5 +1,4 @@
-"""Where the music comes from: every source becomes the same normalised MIDI and one manifest, read once, then
-cached."""
+"""Where the music comes from: every source becomes normalised MIDI and one manifest, read once, then cached."""
 
 import hashlib
 import importlib.util
@@ -57,9 +56,9 @@ def load_corpus(source: str = "bach", data_dir: str | Path = "data", *, archive:
     """Prepare what is missing under `data_dir`, print one summary line per source and return the pieces that were kept.
 
     source: bach, jsfakes, jsb, folder, or a sum such as "bach+jsfakes".
-    archive: what to read instead of a download: a zip or folder (jsfakes), the JSON file (jsb), any tree of MIDI and
-      MusicXML (folder). Where several sources of a sum could mean it: "jsfakes=a.zip,jsb=b.json". Once jsfakes or jsb
-      is cached it needs no archive; an archive that is new or changed rebuilds the cache.
+    archive: any tree of MIDI and MusicXML (folder), or what to read instead of a download, which nothing needs once it
+      is cached: a zip or folder (jsfakes), the JSON file (jsb). For several sources: "jsfakes=a.zip,jsb=b.json". One
+      that is new or changed rebuilds the cache.
     limit: keep only the first pieces of each source, in a cache of their own; 0 keeps all.
     form: dials of `music.normal.normalise` that differ from its defaults; each choice has a cache of its own.
 
@@ -67,12 +66,13 @@ def load_corpus(source: str = "bach", data_dir: str | Path = "data", *, archive:
     their tune, test before valid before train. Raises ValueError for an unknown source, an archive that cannot be read
     and a source with no usable piece, ConnectionError if a download fails.
     """
-    loaded = {name: load_source(name, Path(data_dir), path, limit, form or {}, workers, progress)
-              for name, path in parse_archives(source, archive).items()}
-    kept = [e for _, entries in loaded.values() for e in entries if "file" in e]
-    jsb = {e["tune"]: split for split in SPLITS for e in kept if e["source"] == "jsb" and e["split"] == split}
-    splits, pieces = split_by_tune((e["tune"] for e in kept), jsb), []
-    for name, (folder, entries) in loaded.items():
+    loaded = [load_source(name, Path(data_dir), path, limit, form or {}, workers, progress)
+              for name, path in parse_archives(source, archive).items()]
+    kept = [e for _, entries in loaded for e in entries if "file" in e]
+    own = {e["tune"]: split for split in SPLITS for e in kept if e["source"] == "jsb" and e["split"] == split}
+    splits, pieces = split_by_tune((e["tune"] for e in kept), own), []
+    for folder, entries in loaded:
+        name = entries[0]["source"]
         part = [Piece(**{f: e.get(f) for f in Piece.__annotations__} | {"path": folder / e["file"]} | (
             {"split": splits[e["tune"]]} if name != "jsb" else {})) for e in entries if "file" in e]
         counts = Counter(p.split for p in part)
@@ -102,18 +102,19 @@ def bach_tasks(_: str) -> list[tuple]:
 
 
 def jsfakes_tasks(archive: str) -> list[tuple]:
-    if archive and Path(archive).is_dir():
-        files = {f.relative_to(archive): f.read_bytes() for f in files_of(Path(archive)) if f.suffix == ".mid"}
+    where = archive or JSFAKES_URL
+    if Path(where).is_dir():
+        files = {f.relative_to(where): f.read_bytes() for f in files_of(Path(where)) if f.suffix == ".mid"}
     else:
         try:
             with zipfile.ZipFile(io.BytesIO(fetch("jsfakes", JSFAKES_URL, archive))) as z:
-                files = {Path(n): z.read(n) for n in z.namelist() if n.endswith(".mid")}
+                files = {Path(name): z.read(name) for name in z.namelist() if name.endswith(".mid")}
         except zipfile.BadZipFile as e:
-            raise ValueError(f"{archive or JSFAKES_URL}: expected a zip of js-fakes: {e}") from e
+            raise ValueError(f"{where}: expected a zip of js-fakes: {e}") from e
     files = {f.stem: data for f, data in files.items() if f.parent.name in ("midi", "")}
     digest = hashlib.sha256(b"".join(name.encode() + files[name] for name in sorted(files))).hexdigest()
     if digest != JSFAKES_SHA256:
-        message = f"{archive or JSFAKES_URL} is not js-fakes as expected: {len(files)} files, SHA-256 {digest}"
+        message = f"{where} is not js-fakes as expected: {len(files)} files, SHA-256 {digest}"
         if not archive:
             raise ValueError(f"{message}, expected 500 and {JSFAKES_SHA256}; pass a good copy as archive")
         print(f"jsfakes: {message}; reading it all the same")
@@ -139,15 +140,15 @@ TASKS = {"bach": bach_tasks, "jsfakes": jsfakes_tasks, "jsb": jsb_tasks, "folder
 
 
 def files_of(path: Path) -> list[Path]:
-    """All files below `path`, links to folders followed, each folder once."""
-    found, folders, seen = [], [path], set()
-    while folders:
-        folder = folders.pop()
-        if folder.is_dir() and (real := os.path.realpath(folder)) not in seen:
-            seen.add(real)
-            folders += sorted(folder.iterdir(), reverse=True)
-        elif not folder.is_dir():
-            found.append(folder)
+    """The file itself, or all files below a folder; links are followed, each folder once."""
+    found, seen = [path] if path.is_file() else [], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+        else:
+            found += [Path(folder, name) for name in names]
+        seen.add(real)
     return sorted(found)
 
 
@@ -169,38 +170,32 @@ def parse_archives(source: str, archive: str) -> dict[str, str]:
         raise ValueError(f"source {source!r}: expected {', '.join(TASKS)}, or different ones of them joined by +")
     users = [name for name in names if name != "bach"]
     given = dict(re.findall(f"(?:^|,)({which})=(.*?)(?=,(?:{which})=|$)", archive))
-    given = given or (dict.fromkeys(users, archive) if archive and len(users) == 1 else {})
+    given = given or dict.fromkeys(users if archive and len(users) == 1 else (), archive)
     if set(given) - set(users) or archive and not given:
         raise ValueError(f"archive {archive!r} for source {source!r}: expected a path for {users or 'none'}; for "
                          f"several write jsfakes=a.zip,jsb=b.json")
     for name in {*given, *(set(users) & {"folder"})}:
         if not given.get(name) or not Path(given[name]).exists():
             raise ValueError(f"source {name!r}: archive {given.get(name, '')!r} does not exist")
-    return {name: given.get(name, "") for name in names}
+    return dict.fromkeys(names, "") | given
 
 
 def load_source(source: str, data_dir: Path, archive: str, limit: int, form: dict, workers: int | None,
                 progress: bool) -> tuple[Path, list[dict]]:
-    """The cache folder of a source and the entries of its manifest, built first where it is missing or out of date, by
-    one process at a time."""
+    """The cache folder of a source and its manifest, which one process at a time builds where it is missing or old."""
     where, files = os.path.realpath(archive), files_of(Path(archive)) if archive else []
     states = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]  # links may lead nowhere
     stamp = f"{FORM} " + (short_hash(f"{where}{states}") if archive else "")
     choices = [f"{name}{value:d}" for name, value in sorted(form.items()) if value and (name, value) != ("grid", 4)]
     folder = data_dir / "-".join([source, *([short_hash(where)] if source == "folder" else []), *choices,
                                   *([f"limit{limit}"] if limit else [])])
-    manifest, entries = folder / "manifest.json", cached(folder, stamp)
+    entries = cached(folder, stamp)
     if not entries:
         with locked(folder / ".lock", f"waiting for another process that reads {source} into {folder}"):
-            entries = cached(folder, stamp) or [
-                {**e, "source": source, "licence": LICENCES[source], "stamp": stamp}
-                for e in build(source, folder, archive, limit, form, workers, progress, stamp)]
-            atomic_text(manifest, json.dumps(entries, indent=1))
-            kept = {folder / e["file"] for e in entries if "file" in e}
-            for stale in {*folder.glob("*.mid"), *folder.glob("*.part")} - kept:
-                stale.unlink()
+            entries = cached(folder, stamp) or build(source, folder, archive, limit, form, workers, progress, stamp)
     if not any("file" in e for e in entries):
-        raise ValueError(f"source {source!r} has no usable piece{skipped(entries)}; the reasons are in {manifest}")
+        raise ValueError(f"source {source!r} has no usable piece{skipped(entries)}; the reasons are in "
+                         f"{folder / 'manifest.json'}")
     return folder, entries
 
 
@@ -215,7 +210,7 @@ def cached(folder: Path, stamp: str) -> list[dict]:
 def build(source: str, folder: Path, archive: str, limit: int, form: dict, workers: int | None,
           progress: bool, stamp: str) -> list[dict]:
     """Read every task of a source. Each entry is noted as it comes: if this is stopped, the next call goes on there."""
-    tasks, entries, kept = [], [], 0
+    tasks, entries, files = [], [], []
     for i, task in enumerate(TASKS[source](archive)):
         slug = re.sub(r"[^A-Za-z0-9._-]+", "_", task[0])[-80:]
         file = f"{i:05}-{slug}.mid" if source == "folder" else f"{slug}.mid"
@@ -226,14 +221,16 @@ def build(source: str, folder: Path, archive: str, limit: int, form: dict, worke
     with closing(read_apart(tasks[len(lines):], workers)) as results:
         for entry in tqdm(chain(map(json.loads, lines), results), source, limit or len(tasks), unit=" files",
                           disable=not progress):
-            entries.append(entry)
-            if len(entries) > len(lines):
+            if len(entries) >= len(lines):
                 append(notes, [json.dumps(entry)])
-            kept += "file" in entry
-            if kept == limit > 0:
+            entries.append({**entry, "source": source, "licence": LICENCES[source], "stamp": stamp})
+            files += [folder / entry["file"]] if "file" in entry else []
+            if len(files) == limit > 0:
                 break
-    splits = split_by_tune((e["tune"] for e in entries if "file" in e), {})
-    return [e | {"split": e["split"] or splits[e["tune"]]} if "file" in e else e for e in entries]
+    atomic_text(folder / "manifest.json", json.dumps(entries, indent=1))
+    for stale in {*folder.glob("*.mid"), *folder.glob("*.part")} - {*files}:
+        stale.unlink()
+    return entries
 
 
 def short_hash(text: str) -> str:
