@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from mtxlib import ROOT
 from mtxlib.config import SPLITS, Config, archive_paths
 from mtxlib.data.store import Windows
-from mtxlib.data.tokens import Codec, load_tokenizer, tokenize
+from mtxlib.data.tokens import Codec, in_programs, load_tokenizer, tokenize
 from mtxlib.files import atomic, atomic_text
 from mtxlib.latent.attributes import Directions, change_mode, find, load_directions, save_directions
 from mtxlib.latent.compose import compose, lines_of, sampled
@@ -124,7 +124,7 @@ class Run:
                  max_tokens: int):
         self.folder, self.config, self.model, self.codec = folder, config, model, codec
         self.mean_tokens, self.max_tokens = mean_tokens, max_tokens
-        self.n_bars = config.data.n_bars
+        self.n_bars, self.told = config.data.n_bars, set()  # what has been said of programs
         self.prior: RowPrior | None = load_prior(folder / "prior.safetensors", folder / "model.safetensors")
 
     @property
@@ -134,8 +134,8 @@ class Run:
     # -- music in -----------------------------------------------------------------------------------------------------
 
     def score(self, music: Music) -> Score:
-        """Music in normal form; a window (of `cut`, or decoded) stays as it is. Raises ValueError when a voice is one
-        the tokenizer does not know."""
+        """Music in normal form, in programs that the run knows (`data.tokens.in_programs`); what changes is said once.
+        A window (of `cut`, or decoded) stays as it is. Raises ValueError where no track is left."""
         if isinstance(music, Piece):
             score = Score(music.path)
         else:
@@ -143,11 +143,13 @@ class Run:
             score = music if isinstance(music, Score) else read_safely(music, **form)
             score = normalise(score, **form) if end_of(score) is None else score
         known = set(self.codec.tokenizer.config.programs)
-        alien = sorted({-1 if t.is_drum else t.program for t in score.tracks if len(t.notes)} - known)
-        if alien:
-            raise ValueError(f"{name_of(music)}: expected voices with the programs {sorted(known)}, which this run "
-                             f"learned from, got {alien} (-1 is drums; four parts without drums are read as soprano, "
-                             "alto, tenor and bass)")
+        score, changed = in_programs(score, known)
+        told = f"{name_of(music)}: this run knows the programs {sorted(known)} (-1 is drums): {changed}"
+        if changed and not score.note_num():
+            raise ValueError(f"{told}; nothing is left")
+        if changed and told not in self.told:
+            self.told.add(told)
+            print(told)
         return score
 
     def windows(self, music: Music) -> tuple[Score, list[int], list[Score]]:
@@ -294,8 +296,9 @@ class Run:
         if self.config.model.bottleneck != "rows":
             raise ValueError(f"bottleneck: expected rows, whose latent follows the bars, got "
                              f"{self.config.model.bottleneck!r}")
-        lines, held_out = (lines_of(self.model, self.codec, sampled(self.pieces(split)), split == "train")
-                           for split in ("train", "valid"))
+        # Each line is drawn 16 times at least: more lines would cost their encoding and hardly be seen.
+        lines = lines_of(self.model, self.codec, sampled(self.pieces("train")), most=4 * steps, seed=seed)
+        held_out = lines_of(self.model, self.codec, sampled(self.pieces("valid")))
         self.prior, figures = fit(lines, held_out, self.config.model.rows_per_bar, steps=steps, seed=seed,
                                   joint=self.model.prior)
         save_prior(self.prior, self.folder / "prior.safetensors", self.folder / "model.safetensors")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import symusic
 from miditok import REMI, TokenizerConfig, TokSequence
-from symusic import Score
+from symusic import Score, Track
 from tqdm.auto import tqdm
 
 from mtxlib.config import BOS, EOS, N_SPECIAL, Config, DataConfig
@@ -419,6 +419,29 @@ def tokenize(codec: Codec, pieces: list[Piece]) -> Windows:
 
 
 def programs_of(pieces: list[Piece]) -> set[int]:
-    """Programs of the training pieces, -1 for drums: the voices the tokenizer can tell apart."""
-    return {-1 if track.is_drum else track.program
-            for piece in pieces if piece.split == "train" for track in Score(piece.path).tracks}
+    """Programs of the pieces, -1 for drums: the voices the tokenizer can tell apart."""
+    return {program_of(track) for piece in pieces for track in Score(piece.path).tracks}
+
+
+def program_of(track: Track) -> int:
+    return -1 if track.is_drum else track.program
+
+
+def in_programs(score: Score, known: set[int]) -> tuple[Score, str]:
+    """A score whose programs are all `known`, and what had to be changed, in words: a track of another program takes
+    its nearest relative that is free, of its family of 8 if possible; drums, and tracks for which none is free, are
+    left out."""
+    free, said, kept = known - {-1, *map(program_of, score.tracks)}, [], score.copy()
+    kept.tracks = type(score.tracks)()
+    for track in (t.copy() for t in score.tracks):
+        program = program_of(track)
+        if program not in known:
+            what = "drums" if program < 0 else f"program {program}"
+            if program < 0 or not free:
+                said.append(f"{what} left out, {len(track.notes)} notes")
+                continue
+            track.program = min(free, key=lambda q, p=program: (q // 8 != p // 8, abs(q - p)))
+            free.remove(track.program)
+            said.append(f"{what} taken as {track.program}")
+        kept.tracks.append(track)
+    return kept, ", ".join(said)
