@@ -187,6 +187,7 @@ class Chooser(widgets.HBox):
             self.score = music and self.run.score(music)
             self.starts = bar_starts(self.score) if music else []
             self.bars.options = [(f"bars {bar + 1}–{bar + n}", bar) for bar in range(len(self.starts) - n)]
+            self.bars.index = 0 if music else None
             self.bars.layout.display = "" if music else HIDDEN
             self.changed()
 
