@@ -25,13 +25,14 @@ from torch.overrides import TorchFunctionMode
 from mtxlib import ROOT
 from mtxlib.config import SPLITS, Config, archive_paths
 from mtxlib.data.store import Windows
-from mtxlib.data.tokens import Codec, load_tokenizer, tokenize
+from mtxlib.data.tokens import Codec, in_programs, load_tokenizer, tokenize
 from mtxlib.files import atomic, atomic_text
 from mtxlib.latent.attributes import Directions, change_mode, find, load_directions, save_directions
 from mtxlib.latent.compose import compose, lines_of, sampled
 from mtxlib.latent.decode import decode, prior_latents
 from mtxlib.latent.diagnose import diagnose
 from mtxlib.latent.interpolate import mix, slerp
+from mtxlib.model.optim import autocast_for
 from mtxlib.model.prior import RowPrior, fit, load_prior, save_prior
 from mtxlib.model.vae import MusicVAE
 from mtxlib.music.corpus import Piece, load_corpus
@@ -42,6 +43,7 @@ from mtxlib.music.score import TEMPO, bar_starts, chain, cut, end_of, join, wind
 
 Music = "str | Path | Piece | Score"
 BATCH = 128  # windows encoded or decoded at once
+LINES, VIEWS = 64, 8  # lines a step when the prior is fitted, and how often each is seen on average, at least
 MAY_BE_KEPT = ("jsfakes", "folder")  # sources whose pieces may lie in a run's folder, which may be given on
 
 
@@ -124,7 +126,7 @@ class Run:
                  max_tokens: int):
         self.folder, self.config, self.model, self.codec = folder, config, model, codec
         self.mean_tokens, self.max_tokens = mean_tokens, max_tokens
-        self.n_bars = config.data.n_bars
+        self.n_bars, self.told = config.data.n_bars, set()
         self.prior: RowPrior | None = load_prior(folder / "prior.safetensors", folder / "model.safetensors")
 
     @property
@@ -134,8 +136,8 @@ class Run:
     # -- music in -----------------------------------------------------------------------------------------------------
 
     def score(self, music: Music) -> Score:
-        """Music in normal form; a window (of `cut`, or decoded) stays as it is. Raises ValueError when a voice is one
-        the tokenizer does not know."""
+        """Music in normal form; a window (of `cut`, or decoded) stays as it is. A program that the tokenizer does
+        not know becomes its nearest relative (`in_programs`), said once; ValueError where no note is left."""
         if isinstance(music, Piece):
             score = Score(music.path)
         else:
@@ -143,11 +145,14 @@ class Run:
             score = music if isinstance(music, Score) else read_safely(music, **form)
             score = normalise(score, **form) if end_of(score) is None else score
         known = set(self.codec.tokenizer.config.programs)
-        alien = sorted({-1 if t.is_drum else t.program for t in score.tracks if len(t.notes)} - known)
-        if alien:
-            raise ValueError(f"{name_of(music)}: expected voices with the programs {sorted(known)}, which this run "
-                             f"learned from, got {alien} (-1 is drums; four parts without drums are read as soprano, "
-                             "alto, tenor and bass)")
+        score, changed = in_programs(score, known)
+        told = (f"{name_of(music)}: expected the programs {sorted(known)} (-1 is drums), which this run learned from: "
+                f"{', '.join(changed)}")
+        if changed and not score.note_num():
+            raise ValueError(f"{told}; no note is left")
+        if changed and told not in self.told:
+            self.told.add(told)
+            print(told)
         return score
 
     def windows(self, music: Music) -> tuple[Score, list[int], list[Score]]:
@@ -294,10 +299,12 @@ class Run:
         if self.config.model.bottleneck != "rows":
             raise ValueError(f"bottleneck: expected rows, whose latent follows the bars, got "
                              f"{self.config.model.bottleneck!r}")
-        lines, held_out = (lines_of(self.model, self.codec, sampled(self.pieces(split)), split == "train")
-                           for split in ("train", "valid"))
-        self.prior, figures = fit(lines, held_out, self.config.model.rows_per_bar, steps=steps, seed=seed,
-                                  joint=self.model.prior)
+        # A line is seen VIEWS times or more: further ones would cost their encoding and hardly be learned from.
+        with autocast_for("auto", self.device)():
+            lines = lines_of(self.model, self.codec, sampled(self.pieces("train")), steps * LINES // VIEWS, seed)
+        held_out = lines_of(self.model, self.codec, sampled(self.pieces("valid")))
+        self.prior, figures = fit(lines, held_out, self.config.model.rows_per_bar, steps=steps, batch_size=LINES,
+                                  seed=seed, joint=self.model.prior)
         save_prior(self.prior, self.folder / "prior.safetensors", self.folder / "model.safetensors")
         return figures
 

@@ -312,16 +312,24 @@ def test_decoded_windows_keep_the_tempo_of_the_pieces(run):
     assert run.morph(a, b, (0, 0, 0, 1)).tempos[0].qpm == pytest.approx(75)
 
 
-def test_voices_the_tokenizer_does_not_know_are_refused(run, tmp_path):
+def test_voices_the_tokenizer_does_not_know_become_their_relatives(run, tmp_path, capsys):
     score = Score(480)
     for program in (0, 7):
         score.tracks.append(Track("", program, False))
         score.tracks[-1].notes.append(Note(0, 480, 60, 80))
-    with pytest.raises(ValueError, match=r"the score: expected voices .* \[42, 52, 53, 54\], .*got \[0, 7\]"):
-        run.encode([score])
+    run.encode([score, score])
+    said = capsys.readouterr().out
+    assert said.count("the score: expected the programs [42, 52, 53, 54]") == 1, "it is said once"
+    assert "program 0 becomes 42, program 7 becomes 52" in said
+    assert {t.program for t in run.score(score).tracks} == {42, 52}
     score.dump_midi(tmp_path / "duo.mid")
-    with pytest.raises(ValueError, match=r"duo\.mid: expected voices"):
-        run.reconstruct(tmp_path / "duo.mid")
+    run.reconstruct(tmp_path / "duo.mid")
+    assert "duo.mid: expected the programs" in capsys.readouterr().out
+    drums = Score(480)
+    drums.tracks.append(Track("", 0, True))
+    drums.tracks[0].notes.append(Note(0, 480, 40, 80))
+    with pytest.raises(ValueError, match=r"the score: .* drums left out \(1 notes\); no note is left"):
+        run.encode([drums])
     (tmp_path / "text.mid").write_text("not MIDI")
     with pytest.raises(ValueError, match=r"text\.mid: not MIDI"):
         run.encode([tmp_path / "text.mid"])

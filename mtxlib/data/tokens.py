@@ -20,13 +20,12 @@ from typing import NamedTuple
 import numpy as np
 import symusic
 from miditok import REMI, TokenizerConfig, TokSequence
-from symusic import Score
+from symusic import Score, Track
 from tqdm.auto import tqdm
 
-from mtxlib.config import BOS, EOS, N_SPECIAL, Config, DataConfig
+from mtxlib.config import BOS, EOS, N_SPECIAL, SPLITS, Config, DataConfig
 from mtxlib.data.store import (
     ARRAYS,
-    SPLITS,
     VERSION,
     Grammar,
     SlotTable,
@@ -419,6 +418,28 @@ def tokenize(codec: Codec, pieces: list[Piece]) -> Windows:
 
 
 def programs_of(pieces: list[Piece]) -> set[int]:
-    """Programs of the training pieces, -1 for drums: the voices the tokenizer can tell apart."""
-    return {-1 if track.is_drum else track.program
-            for piece in pieces if piece.split == "train" for track in Score(piece.path).tracks}
+    """Programs of the pieces of every split, -1 for drums: the voices the tokenizer can tell apart."""
+    return {program_of(track) for piece in pieces for track in Score(piece.path).tracks}
+
+
+def program_of(track: Track) -> int:
+    return -1 if track.is_drum else track.program
+
+
+def in_programs(score: Score, known: set[int]) -> tuple[Score, list[str]]:
+    """The score in `known` programs, and what had to change, in words. A track of another program goes to its nearest
+    relative, of its family of 8 and then by number, and to one that no other track has while there is any; drums
+    without drums, or where only drums are known, are left out."""
+    alien = [i for i, t in enumerate(score.tracks) if len(t.notes) and program_of(t) not in known]
+    free, said, out = known - {-1, *map(program_of, score.tracks)}, [], score.copy()
+    for i in alien:
+        track, program = out.tracks[i], program_of(out.tracks[i])
+        what, fits = f"program {program}" if program >= 0 else "drums", free or known - {-1}
+        if program < 0 or not fits:
+            said.append(f"{what} left out ({len(track.notes)} notes)")
+            track.notes = type(track.notes)()
+            continue
+        track.program = min(fits, key=lambda other, own=program: (other // 8 != own // 8, abs(other - own), other))
+        said.append(f"{what} becomes {track.program}" + " beside a track that has it" * (not free))
+        free = free - {track.program}
+    return out, said
