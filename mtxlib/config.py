@@ -184,7 +184,6 @@ POSITIVE = ("n_bars", "hop", "d_model", "enc_layers", "dec_layers", "n_heads", "
 NOT_NEGATIVE = ("limit", "bpe_vocab", "velocities", "tempos", "lr_warmup", "weight_decay", "beta_max", "beta_warmup",
                 "free_bits", "target_rate", "target_start", "patience", "threads", "seed", "temperature",
                 "sample_temperature", "examples", "saved", "samples")
-AT_MOST_1 = ("top_p",)
 SHARES = ("dropout", "dec_token_dropout", "enc_token_dropout", "ema")
 
 
@@ -233,7 +232,7 @@ def check_value(name: str, value) -> None:
         expected = "more than 0"
     elif name in NOT_NEGATIVE and value < 0:
         expected = "0 or more"
-    elif name in AT_MOST_1 and value > 1:
+    elif name == "top_p" and value > 1:
         expected = "at most 1"
     elif name in SHARES and not 0 <= value < 1:
         expected = "a share in [0, 1)"

@@ -29,7 +29,7 @@ from mtxlib.data.tokens import Codec, in_programs, load_tokenizer, tokenize
 from mtxlib.files import atomic, atomic_text
 from mtxlib.latent.attributes import Directions, change_mode, find, load_directions, save_directions
 from mtxlib.latent.compose import compose, lines_of, sampled
-from mtxlib.latent.decode import decode, prior_latents
+from mtxlib.latent.decode import BATCH, decode_all, prior_latents
 from mtxlib.latent.diagnose import diagnose
 from mtxlib.latent.interpolate import mix, slerp
 from mtxlib.model.optim import autocast_for
@@ -42,7 +42,6 @@ from mtxlib.music.readers import read_safely
 from mtxlib.music.score import TEMPO, bar_starts, chain, cut, end_of, join, window_bars
 
 Music = "str | Path | Piece | Score"
-BATCH = 128  # windows encoded or decoded at once
 LINES, VIEWS = 64, 8  # lines a step when the prior is fitted, and how often each is seen on average, at least
 MAY_BE_KEPT = ("jsfakes", "folder")  # sources whose pieces may lie in a run's folder, which may be given on
 
@@ -202,11 +201,9 @@ class Run:
         if z.ndim != 3 or z.shape[2] != self.config.model.latent_channels:
             raise ValueError(f"z: expected (N, S, {self.config.model.latent_channels}), got {tuple(z.shape)}")
         is_live = self.model.bottleneck.live_rows(z) if self.model.bottleneck else None
-        parts = [slice(i, i + BATCH) for i in range(0, len(z), BATCH)]
-        return [self.codec.decode(ids) for part in parts for ids in
-                decode(self.model, self.codec.table, z[part], is_live if is_live is None else is_live[part],
-                       max_tokens=self.max_tokens, temperature=temperature, top_p=top_p, seed=seed + part.start,
-                       grammar=self.codec.grammar, begin=begin and begin[part])]
+        return [self.codec.decode(ids) for ids in
+                decode_all(self.model, self.codec, z, is_live, max_tokens=self.max_tokens, temperature=temperature,
+                           top_p=top_p, seed=seed, begin=begin)]
 
     def reconstruct(self, music: Music, temperature: float = 0.0) -> Score:
         """A whole piece through the latent, window by window, with the original's metre and tempo; a window without

@@ -35,7 +35,7 @@ from mtxlib.data.store import (
     pad_sequences,
     write_store,
 )
-from mtxlib.files import atomic, brief
+from mtxlib.files import atomic, brief, digest
 from mtxlib.music.corpus import Piece
 from mtxlib.music.score import (
     BY_LENGTH,
@@ -308,9 +308,9 @@ def store_folder(config: Config, pieces: list[Piece]) -> Path:
     data = config.data
     what = [VERSION, version("miditok"), data.form, data.bpe_vocab, data.n_bars, data.hop, data.transpose,
             config.model.max_tokens,
-            [(p.name, p.source, p.split, hashlib.sha256(p.path.read_bytes()).hexdigest()) for p in pieces]]
-    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
-    return Path(data.data_dir) / "stores" / f"{data.source}-REMI{data.bpe_vocab or ''}-{digest}"
+            [(p.name, p.source, p.split, digest(p.path)) for p in pieces]]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
+    return Path(data.data_dir) / "stores" / f"{data.source}-REMI{data.bpe_vocab or ''}-{key}"
 
 
 def build_store(config: Config, pieces: list[Piece], workers: int | None = None) -> TokenStore:
