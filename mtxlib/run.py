@@ -176,8 +176,7 @@ class Run:
 
     def pack(self, windows: list[Score]) -> Windows:
         """Scores that are windows already, as tokens."""
-        sequences = self.codec.encode(windows)
-        return Windows.pack(sequences, self.codec.slots(sequences), [(0, 0, 0, 0)] * len(sequences))
+        return self.codec.pack(self.codec.encode(windows), [(0, 0, 0, 0)] * len(windows))
 
     @torch.no_grad()
     def encode_windows(self, windows: list[Score]) -> Tensor:

@@ -223,6 +223,10 @@ class Codec:
         score.markers.append(symusic.TextMeta(lines[-1], WINDOW_END))
         return score
 
+    def pack(self, sequences: list[np.ndarray], windows: list[tuple]) -> Windows:
+        """Ids of windows, and whence these come, in memory."""
+        return Windows.pack(sequences, self.slots(sequences), windows)
+
     def slots(self, sequences: list[np.ndarray], chunk: int = 4096) -> list[np.ndarray]:
         """Slots of many sequences, those of like length together."""
         order, out = np.argsort([len(s) for s in sequences], kind="stable"), [np.empty(0)] * len(sequences)
@@ -398,7 +402,7 @@ def write_shard(path: str, tokenizer: str, pieces: list[tuple[int, str, str]], n
              (in_all_keys(codec, c.ids) if transpose and c.split == "train" else [(0, c.ids)])]
     sequences = codec.finish([ids for _, ids in keyed])
     fits = [(s, window) for s, (window, _) in zip(sequences, keyed, strict=True) if len(s) <= max_tokens]
-    packed = Windows.pack([s for s, _ in fits], codec.slots([s for s, _ in fits]), [window for _, window in fits])
+    packed = codec.pack([s for s, _ in fits], [window for _, window in fits])
     arrays = {"ids": packed.ids.astype(id_type(codec.vocab_size)), "slots": packed.slots.astype(np.uint16),
               "offsets": packed.offsets, "windows": packed.windows, "n_long": len(keyed) - len(fits)}
     atomic(path, lambda p: np.savez(p, **arrays))
@@ -413,8 +417,7 @@ def read_shard(path: str) -> Windows:
 def tokenize(codec: Codec, pieces: list[Piece]) -> Windows:
     """The windows of pieces, `n_bars` apart, in memory, with a tokenizer that is already there; for measuring."""
     cuts = list(cut_pieces(codec.tokenizer, pieces, codec.n_bars, codec.n_bars))
-    sequences = codec.finish([c.ids for c in cuts])
-    return Windows.pack(sequences, codec.slots(sequences), [(c.piece, c.bar, 0, SPLITS.index(c.split)) for c in cuts])
+    return codec.pack(codec.finish([c.ids for c in cuts]), [(c.piece, c.bar, 0, SPLITS.index(c.split)) for c in cuts])
 
 
 def programs_of(pieces: list[Piece]) -> set[int]:

@@ -10,7 +10,6 @@ from symusic import Score
 from torch import Tensor
 
 from mtxlib.config import BOS
-from mtxlib.data.store import Windows
 from mtxlib.data.tokens import Codec, cut_pieces, in_all_keys
 from mtxlib.model.prior import Line
 from mtxlib.model.vae import MusicVAE
@@ -100,8 +99,7 @@ def lines_of(model: MusicVAE, codec: Codec, pieces: list[Piece], most: int = 0, 
         there = sorted({(piece, shift) for piece, shift, *_ in keyed})
         chosen = {there[i] for i in np.random.default_rng(seed).permutation(len(there))[:most]}
         keyed = [window for window in keyed if window[:2] in chosen]
-    sequences = codec.finish([ids for *_, ids in keyed])
-    windows = Windows.pack(sequences, codec.slots(sequences), [(0, bar, 0, 0) for _, _, bar, _ in keyed])
+    windows = codec.pack(codec.finish([ids for *_, ids in keyed]), [(0, bar, 0, 0) for _, _, bar, _ in keyed])
     order = np.argsort(windows.lengths, kind="stable")
     lines: dict = {}
     for part in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
