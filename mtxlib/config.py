@@ -184,7 +184,6 @@ POSITIVE = ("n_bars", "hop", "d_model", "enc_layers", "dec_layers", "n_heads", "
 NOT_NEGATIVE = ("limit", "bpe_vocab", "velocities", "tempos", "lr_warmup", "weight_decay", "beta_max", "beta_warmup",
                 "free_bits", "target_rate", "target_start", "patience", "threads", "seed", "temperature",
                 "sample_temperature", "examples", "saved", "samples")
-AT_MOST_1 = ("top_p",)
 SHARES = ("dropout", "dec_token_dropout", "enc_token_dropout", "ema")
 
 
@@ -233,7 +232,7 @@ def check_value(name: str, value) -> None:
         expected = "more than 0"
     elif name in NOT_NEGATIVE and value < 0:
         expected = "0 or more"
-    elif name in AT_MOST_1 and value > 1:
+    elif name == "top_p" and value > 1:
         expected = "at most 1"
     elif name in SHARES and not 0 <= value < 1:
         expected = "a share in [0, 1)"
@@ -246,25 +245,19 @@ def check(config: Config) -> None:
     flat = config.flat()
     for name, value in flat.items():
         check_value(name, value)
-    if flat["target_rate"] and flat["free_bits"]:
-        raise ValueError("parameter 'free_bits': expected 0 with a target_rate, which takes its place, "
-                         f"got {flat['free_bits']}")
-    if flat["target_start"] and not flat["target_rate"]:
-        raise ValueError("parameter 'target_start': expected a target_rate to go to, got target_rate 0")
-    if flat["beta_schedule"] == "rate" and not flat["target_rate"]:
-        raise ValueError("parameter 'target_rate': expected the nats to hold with beta_schedule 'rate', got 0")
-    if flat["beta_schedule"] == "rate" and not flat["variational"]:
-        raise ValueError("parameter 'variational': expected True with beta_schedule 'rate', which steers a KL")
-    if flat["velocities"] > 127:
-        raise ValueError(f"parameter 'velocities': expected at most 127, as many as MIDI has, got {flat['velocities']}")
-    if flat["prior"] == "joint" and (flat["bottleneck"] != "rows" or not flat["variational"] or flat["free_bits"]):
+    data, model, train = config.data, config.model, config.train
+    is_rate, heads = train.beta_schedule == "rate", 2 * model.n_heads
+    for is_wrong, name, expected in (
+            (train.target_rate and train.free_bits, "free_bits", "0 with a target_rate, which takes its place"),
+            (train.target_start and not train.target_rate, "target_start", "a target_rate to go to, or 0"),
+            (is_rate and not train.target_rate, "target_rate", "the nats to hold with beta_schedule 'rate'"),
+            (is_rate and not model.variational, "variational", "True with beta_schedule 'rate', which steers a KL"),
+            (data.velocities > 127, "velocities", "at most 127, as many as MIDI has"),
+            (model.d_model % heads, "d_model", f"a multiple of 2 * n_heads = {heads}"),
+            (model.conv_stride & (model.conv_stride - 1), "conv_stride", "a power of two"),
+            (train.batch_size % train.accumulate, "accumulate", f"a divisor of batch_size {train.batch_size}")):
+        if is_wrong:
+            raise ValueError(f"parameter {name!r}: expected {expected}, got {flat[name]!r}")
+    if model.prior == "joint" and (model.bottleneck != "rows" or not model.variational or train.free_bits):
         raise ValueError("parameter 'prior': 'joint' expects bottleneck 'rows', variational True and free_bits 0, got "
-                         f"{flat['bottleneck']!r}, {flat['variational']} and {flat['free_bits']}")
-    if flat["d_model"] % (2 * flat["n_heads"]):
-        raise ValueError(f"parameter 'd_model': expected a multiple of 2 * n_heads = {2 * flat['n_heads']}, "
-                         f"got {flat['d_model']}")
-    if flat["conv_stride"] & (flat["conv_stride"] - 1):
-        raise ValueError(f"parameter 'conv_stride': expected a power of two, got {flat['conv_stride']}")
-    if flat["batch_size"] % flat["accumulate"]:
-        raise ValueError(f"parameter 'accumulate': expected a divisor of batch_size {flat['batch_size']}, "
-                         f"got {flat['accumulate']}")
+                         f"{model.bottleneck!r}, {model.variational} and {train.free_bits}")

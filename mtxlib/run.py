@@ -29,9 +29,10 @@ from mtxlib.data.tokens import Codec, in_programs, load_tokenizer, tokenize
 from mtxlib.files import atomic, atomic_text
 from mtxlib.latent.attributes import Directions, change_mode, find, load_directions, save_directions
 from mtxlib.latent.compose import compose, lines_of, sampled
-from mtxlib.latent.decode import decode, prior_latents
+from mtxlib.latent.decode import BATCH, decode_all, prior_latents
 from mtxlib.latent.diagnose import diagnose
 from mtxlib.latent.interpolate import mix, slerp
+from mtxlib.model.optim import autocast_for
 from mtxlib.model.prior import RowPrior, fit, load_prior, save_prior
 from mtxlib.model.vae import MusicVAE
 from mtxlib.music.corpus import Piece, load_corpus
@@ -41,7 +42,7 @@ from mtxlib.music.readers import read_safely
 from mtxlib.music.score import TEMPO, bar_starts, chain, cut, end_of, join, window_bars
 
 Music = "str | Path | Piece | Score"
-BATCH = 128  # windows encoded or decoded at once
+LINES, VIEWS = 64, 8  # lines a step when the prior is fitted, and how often each is seen on average, at least
 MAY_BE_KEPT = ("jsfakes", "folder")  # sources whose pieces may lie in a run's folder, which may be given on
 
 
@@ -124,7 +125,7 @@ class Run:
                  max_tokens: int):
         self.folder, self.config, self.model, self.codec = folder, config, model, codec
         self.mean_tokens, self.max_tokens = mean_tokens, max_tokens
-        self.n_bars, self.told = config.data.n_bars, set()  # what has been said of programs
+        self.n_bars, self.told = config.data.n_bars, set()
         self.prior: RowPrior | None = load_prior(folder / "prior.safetensors", folder / "model.safetensors")
 
     @property
@@ -134,8 +135,8 @@ class Run:
     # -- music in -----------------------------------------------------------------------------------------------------
 
     def score(self, music: Music) -> Score:
-        """Music in normal form, in programs that the run knows (`data.tokens.in_programs`); what changes is said once.
-        A window (of `cut`, or decoded) stays as it is. Raises ValueError where no track is left."""
+        """Music in normal form; a window (of `cut`, or decoded) stays as it is. A program that the tokenizer does
+        not know becomes its nearest relative (`in_programs`), said once; ValueError where no note is left."""
         if isinstance(music, Piece):
             score = Score(music.path)
         else:
@@ -144,9 +145,10 @@ class Run:
             score = normalise(score, **form) if end_of(score) is None else score
         known = set(self.codec.tokenizer.config.programs)
         score, changed = in_programs(score, known)
-        told = f"{name_of(music)}: this run knows the programs {sorted(known)} (-1 is drums): {changed}"
+        told = (f"{name_of(music)}: expected the programs {sorted(known)} (-1 is drums), which this run learned from: "
+                f"{', '.join(changed)}")
         if changed and not score.note_num():
-            raise ValueError(f"{told}; nothing is left")
+            raise ValueError(f"{told}; no note is left")
         if changed and told not in self.told:
             self.told.add(told)
             print(told)
@@ -174,8 +176,7 @@ class Run:
 
     def pack(self, windows: list[Score]) -> Windows:
         """Scores that are windows already, as tokens."""
-        sequences = self.codec.encode(windows)
-        return Windows.pack(sequences, self.codec.slots(sequences), [(0, 0, 0, 0)] * len(sequences))
+        return self.codec.pack(self.codec.encode(windows), [(0, 0, 0, 0)] * len(windows))
 
     @torch.no_grad()
     def encode_windows(self, windows: list[Score]) -> Tensor:
@@ -199,11 +200,9 @@ class Run:
         if z.ndim != 3 or z.shape[2] != self.config.model.latent_channels:
             raise ValueError(f"z: expected (N, S, {self.config.model.latent_channels}), got {tuple(z.shape)}")
         is_live = self.model.bottleneck.live_rows(z) if self.model.bottleneck else None
-        parts = [slice(i, i + BATCH) for i in range(0, len(z), BATCH)]
-        return [self.codec.decode(ids) for part in parts for ids in
-                decode(self.model, self.codec.table, z[part], is_live if is_live is None else is_live[part],
-                       max_tokens=self.max_tokens, temperature=temperature, top_p=top_p, seed=seed + part.start,
-                       grammar=self.codec.grammar, begin=begin and begin[part])]
+        return [self.codec.decode(ids) for ids in
+                decode_all(self.model, self.codec, z, is_live, max_tokens=self.max_tokens, temperature=temperature,
+                           top_p=top_p, seed=seed, begin=begin)]
 
     def reconstruct(self, music: Music, temperature: float = 0.0) -> Score:
         """A whole piece through the latent, window by window, with the original's metre and tempo; a window without
@@ -296,11 +295,12 @@ class Run:
         if self.config.model.bottleneck != "rows":
             raise ValueError(f"bottleneck: expected rows, whose latent follows the bars, got "
                              f"{self.config.model.bottleneck!r}")
-        # Each line is drawn 16 times at least: more lines would cost their encoding and hardly be seen.
-        lines = lines_of(self.model, self.codec, sampled(self.pieces("train")), most=4 * steps, seed=seed)
+        # A line is seen VIEWS times or more: further ones would cost their encoding and hardly be learned from.
+        with autocast_for("auto", self.device)():
+            lines = lines_of(self.model, self.codec, sampled(self.pieces("train")), steps * LINES // VIEWS, seed)
         held_out = lines_of(self.model, self.codec, sampled(self.pieces("valid")))
-        self.prior, figures = fit(lines, held_out, self.config.model.rows_per_bar, steps=steps, seed=seed,
-                                  joint=self.model.prior)
+        self.prior, figures = fit(lines, held_out, self.config.model.rows_per_bar, steps=steps, batch_size=LINES,
+                                  seed=seed, joint=self.model.prior)
         save_prior(self.prior, self.folder / "prior.safetensors", self.folder / "model.safetensors")
         return figures
 

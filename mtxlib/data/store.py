@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtxlib.config import EOS, MASK, N_SPECIAL, PAD, SLOTS_PER_BAR
+from mtxlib.config import EOS, MASK, N_SPECIAL, PAD, SLOTS_PER_BAR, SPLITS
 from mtxlib.files import writing
 
-SPLITS = ("train", "valid", "test")
 ARRAYS = ("ids", "slots", "offsets", "windows")  # the files of a store
 VERSION = 5  # of what a store holds; raise it when that changes
 # Whence a window comes: the number of its piece, its first bar, semitones of transposition, the number of its split.

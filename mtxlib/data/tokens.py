@@ -23,10 +23,9 @@ from miditok import REMI, TokenizerConfig, TokSequence
 from symusic import Score, Track
 from tqdm.auto import tqdm
 
-from mtxlib.config import BOS, EOS, N_SPECIAL, Config, DataConfig
+from mtxlib.config import BOS, EOS, N_SPECIAL, SPLITS, Config, DataConfig
 from mtxlib.data.store import (
     ARRAYS,
-    SPLITS,
     VERSION,
     Grammar,
     SlotTable,
@@ -36,7 +35,7 @@ from mtxlib.data.store import (
     pad_sequences,
     write_store,
 )
-from mtxlib.files import atomic, brief
+from mtxlib.files import atomic, brief, digest
 from mtxlib.music.corpus import Piece
 from mtxlib.music.score import (
     BY_LENGTH,
@@ -224,6 +223,10 @@ class Codec:
         score.markers.append(symusic.TextMeta(lines[-1], WINDOW_END))
         return score
 
+    def pack(self, sequences: list[np.ndarray], windows: list[tuple]) -> Windows:
+        """Ids of windows, and whence these come, in memory."""
+        return Windows.pack(sequences, self.slots(sequences), windows)
+
     def slots(self, sequences: list[np.ndarray], chunk: int = 4096) -> list[np.ndarray]:
         """Slots of many sequences, those of like length together."""
         order, out = np.argsort([len(s) for s in sequences], kind="stable"), [np.empty(0)] * len(sequences)
@@ -309,9 +312,9 @@ def store_folder(config: Config, pieces: list[Piece]) -> Path:
     data = config.data
     what = [VERSION, version("miditok"), data.form, data.bpe_vocab, data.n_bars, data.hop, data.transpose,
             config.model.max_tokens,
-            [(p.name, p.source, p.split, hashlib.sha256(p.path.read_bytes()).hexdigest()) for p in pieces]]
-    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
-    return Path(data.data_dir) / "stores" / f"{data.source}-REMI{data.bpe_vocab or ''}-{digest}"
+            [(p.name, p.source, p.split, digest(p.path)) for p in pieces]]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
+    return Path(data.data_dir) / "stores" / f"{data.source}-REMI{data.bpe_vocab or ''}-{key}"
 
 
 def build_store(config: Config, pieces: list[Piece], workers: int | None = None) -> TokenStore:
@@ -399,7 +402,7 @@ def write_shard(path: str, tokenizer: str, pieces: list[tuple[int, str, str]], n
              (in_all_keys(codec, c.ids) if transpose and c.split == "train" else [(0, c.ids)])]
     sequences = codec.finish([ids for _, ids in keyed])
     fits = [(s, window) for s, (window, _) in zip(sequences, keyed, strict=True) if len(s) <= max_tokens]
-    packed = Windows.pack([s for s, _ in fits], codec.slots([s for s, _ in fits]), [window for _, window in fits])
+    packed = codec.pack([s for s, _ in fits], [window for _, window in fits])
     arrays = {"ids": packed.ids.astype(id_type(codec.vocab_size)), "slots": packed.slots.astype(np.uint16),
               "offsets": packed.offsets, "windows": packed.windows, "n_long": len(keyed) - len(fits)}
     atomic(path, lambda p: np.savez(p, **arrays))
@@ -414,12 +417,11 @@ def read_shard(path: str) -> Windows:
 def tokenize(codec: Codec, pieces: list[Piece]) -> Windows:
     """The windows of pieces, `n_bars` apart, in memory, with a tokenizer that is already there; for measuring."""
     cuts = list(cut_pieces(codec.tokenizer, pieces, codec.n_bars, codec.n_bars))
-    sequences = codec.finish([c.ids for c in cuts])
-    return Windows.pack(sequences, codec.slots(sequences), [(c.piece, c.bar, 0, SPLITS.index(c.split)) for c in cuts])
+    return codec.pack(codec.finish([c.ids for c in cuts]), [(c.piece, c.bar, 0, SPLITS.index(c.split)) for c in cuts])
 
 
 def programs_of(pieces: list[Piece]) -> set[int]:
-    """Programs of the pieces, -1 for drums: the voices the tokenizer can tell apart."""
+    """Programs of the pieces of every split, -1 for drums: the voices the tokenizer can tell apart."""
     return {program_of(track) for piece in pieces for track in Score(piece.path).tracks}
 
 
@@ -427,21 +429,20 @@ def program_of(track: Track) -> int:
     return -1 if track.is_drum else track.program
 
 
-def in_programs(score: Score, known: set[int]) -> tuple[Score, str]:
-    """A score whose programs are all `known`, and what had to be changed, in words: a track of another program takes
-    its nearest relative that is free, of its family of 8 if possible; drums, and tracks for which none is free, are
-    left out."""
-    free, said, kept = known - {-1, *map(program_of, score.tracks)}, [], score.copy()
-    kept.tracks = type(score.tracks)()
-    for track in (t.copy() for t in score.tracks):
-        program = program_of(track)
-        if program not in known:
-            what = "drums" if program < 0 else f"program {program}"
-            if program < 0 or not free:
-                said.append(f"{what} left out, {len(track.notes)} notes")
-                continue
-            track.program = min(free, key=lambda q, p=program: (q // 8 != p // 8, abs(q - p)))
-            free.remove(track.program)
-            said.append(f"{what} taken as {track.program}")
-        kept.tracks.append(track)
-    return kept, ", ".join(said)
+def in_programs(score: Score, known: set[int]) -> tuple[Score, list[str]]:
+    """The score in `known` programs, and what had to change, in words. A track of another program goes to its nearest
+    relative, of its family of 8 and then by number, and to one that no other track has while there is any; drums
+    without drums, or where only drums are known, are left out."""
+    alien = [i for i, t in enumerate(score.tracks) if len(t.notes) and program_of(t) not in known]
+    free, said, out = known - {-1, *map(program_of, score.tracks)}, [], score.copy()
+    for i in alien:
+        track, program = out.tracks[i], program_of(out.tracks[i])
+        what, fits = f"program {program}" if program >= 0 else "drums", free or known - {-1}
+        if program < 0 or not fits:
+            said.append(f"{what} left out ({len(track.notes)} notes)")
+            track.notes = type(track.notes)()
+            continue
+        track.program = min(fits, key=lambda other, own=program: (other // 8 != own // 8, abs(other - own), other))
+        said.append(f"{what} becomes {track.program}" + " beside a track that has it" * (not free))
+        free = free - {track.program}
+    return out, said

@@ -10,8 +10,7 @@ from symusic import Score
 from torch import Tensor
 
 from mtxlib.config import BOS
-from mtxlib.data.store import Windows
-from mtxlib.data.tokens import KEYS, Codec, cut_pieces, in_all_keys
+from mtxlib.data.tokens import Codec, cut_pieces, in_all_keys
 from mtxlib.model.prior import Line
 from mtxlib.model.vae import MusicVAE
 from mtxlib.music.corpus import Piece
@@ -92,14 +91,15 @@ def sampled(pieces: list[Piece], seed: int = 0) -> list[Piece]:
 @torch.no_grad()
 def lines_of(model: MusicVAE, codec: Codec, pieces: list[Piece], most: int = 0, seed: int = 0,
              batch_size: int = 256) -> list[Line]:
-    """Posteriors of whole pieces, a line each; from windows laid end to end. With `most`, a line for each piece and key
-    or, where these are more, for so many of them, drawn at random."""
-    chosen = set(np.random.default_rng(seed).permutation(len(KEYS) * len(pieces))[:most].tolist())
+    """Posteriors of whole pieces, from windows laid end to end: a line each or, with `most`, one for each piece and
+    key; where these are more than `most`, so many of them are drawn at random."""
     keyed = [(c.piece, shift, c.bar, ids) for c in cut_pieces(codec.tokenizer, pieces, codec.n_bars, codec.n_bars)
-             for shift, ids in (in_all_keys(codec, c.ids) if most else [(0, c.ids)])
-             if not most or len(KEYS) * c.piece + KEYS.index(shift) in chosen]
-    sequences = codec.finish([ids for *_, ids in keyed])
-    windows = Windows.pack(sequences, codec.slots(sequences), [(0, bar, 0, 0) for _, _, bar, _ in keyed])
+             for shift, ids in (in_all_keys(codec, c.ids) if most else [(0, c.ids)])]
+    if most:
+        there = sorted({(piece, shift) for piece, shift, *_ in keyed})
+        chosen = {there[i] for i in np.random.default_rng(seed).permutation(len(there))[:most]}
+        keyed = [window for window in keyed if window[:2] in chosen]
+    windows = codec.pack(codec.finish([ids for *_, ids in keyed]), [(0, bar, 0, 0) for _, _, bar, _ in keyed])
     order = np.argsort(windows.lengths, kind="stable")
     lines: dict = {}
     for part in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):

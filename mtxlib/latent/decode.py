@@ -10,8 +10,11 @@ from torch import Tensor
 
 from mtxlib.config import BOS, EOS, MASK, PAD
 from mtxlib.data.store import Grammar, SlotTable
+from mtxlib.data.tokens import Codec
 from mtxlib.model.layers import without_onednn
 from mtxlib.model.vae import MusicVAE
+
+BATCH = 128  # windows encoded or decoded at once
 
 
 @torch.inference_mode()
@@ -52,6 +55,16 @@ def decode(model: MusicVAE, table: SlotTable, z: Tensor, is_live: Tensor | None 
             decoding.keep(torch.from_numpy(going).to(device))
         ids, slots = ids[:, None], place.read(ids)[:, None]
     return [cut_after_eos(ids) for ids in out.tolist()]
+
+
+def decode_all(model: MusicVAE, codec: Codec, z: Tensor, is_live: Tensor | None = None, *, seed: int = 0,
+               begin: list[list[int]] | None = None, **how) -> list[list[int]]:
+    """`decode` of any number of latents, BATCH at once, held to the codec's grammar."""
+    device = next(model.parameters()).device
+    parts = [slice(i, i + BATCH) for i in range(0, len(z), BATCH)]
+    return [ids for part in parts for ids in
+            decode(model, codec.table, z[part].to(device), None if is_live is None else is_live[part].to(device),
+                   seed=seed + part.start, grammar=codec.grammar, begin=begin and begin[part], **how)]
 
 
 class Place:

@@ -14,16 +14,15 @@ from torch import Tensor
 from mtxlib.config import EOS, Config
 from mtxlib.data.store import Windows, pad_sequences
 from mtxlib.data.tokens import Codec
-from mtxlib.latent.decode import decode, prior_latents
+from mtxlib.latent.decode import BATCH, decode, decode_all, prior_latents
 from mtxlib.model.likelihood import Measured, measure
 from mtxlib.model.vae import MusicVAE
-from mtxlib.music.score import bar_starts, durations, note_counts
+from mtxlib.music.score import TPQ, bar_starts, durations, note_counts
 
 ACTIVE = 0.01  # variance of the posterior mean above which a dimension is active (Burda 2016)
 IDLE = 0.05  # nats below which a dimension carries next to nothing, active or not
 HEALTHY = {"delta_nll_shuffled": 0.5, "active_units": 0.5}  # at least
 COLLAPSED = {"delta_nll_shuffled": 0.05, "active_units": 0.05}  # one of them below
-PRIOR_TEMPERATURE = 1.0
 
 
 def diagnose(model: MusicVAE, codec: Codec, windows: Windows, config: Config, *, floor: float | None = None,
@@ -37,7 +36,7 @@ def diagnose(model: MusicVAE, codec: Codec, windows: Windows, config: Config, *,
     m = measure(model, windows, np.arange(len(windows)), seed=seed)
     originals = [windows.ids[a:b].tolist() for a, b in zip(windows.offsets, windows.offsets[1:], strict=False)]
     max_tokens = int(1.5 * windows.lengths.max())  # a decoding that runs on beyond this has lost its way
-    decoded = greedy(model, codec, m.mu, m.is_live, max_tokens)
+    decoded = decode_all(model, codec, m.mu, m.is_live, max_tokens=max_tokens)
     recon, rate = float(m.recon.mean()), float(m.rate.mean())
     per_dim = m.kl.mean(0).flatten()
     result = {
@@ -61,15 +60,6 @@ def diagnose(model: MusicVAE, codec: Codec, windows: Windows, config: Config, *,
     result["verdict"] = verdict(result)
     result["advice"] = advise(result, m, config)
     return result
-
-
-def greedy(model: MusicVAE, codec: Codec, z: Tensor, is_live: Tensor, max_tokens: int,
-           batch_size: int = 128) -> list[list[int]]:
-    """Greedy decodings of z (N, S, C), from z alone."""
-    device = next(model.parameters()).device
-    return [ids for i in range(0, len(z), batch_size) for ids in
-            decode(model, codec.table, z[i:i + batch_size].to(device), is_live[i:i + batch_size].to(device),
-                   max_tokens=max_tokens, grammar=codec.grammar)]
 
 
 def fidelity(codec: Codec, originals: list[list[int]], decoded: list[list[int]]) -> dict[str, float]:
@@ -97,10 +87,9 @@ def retrieval(model: MusicVAE, codec: Codec, m: Measured, originals: list[list[i
         return 0.0
     device, hits = next(model.parameters()).device, 0
     flat = m.mu.flatten(1)
-    for i in range(0, len(decoded), 128):
-        ids = pad_sequences([np.array(x) for x in decoded[i:i + 128]])
+    for i in range(0, len(decoded), BATCH):
+        ids = pad_sequences([np.array(x) for x in decoded[i:i + BATCH]])
         again = model.encode(ids.to(device), codec.table.slots(ids).to(device)).mu.cpu()
-        again = again[:, :m.mu.shape[1]]
         again = torch.nn.functional.pad(again, (0, 0, 0, m.mu.shape[1] - again.shape[1])).flatten(1)
         nearest = torch.cdist(again, flat).argmin(1).tolist()
         hits += sum(originals[j] == originals[i + k] for k, j in enumerate(nearest))
@@ -109,12 +98,8 @@ def retrieval(model: MusicVAE, codec: Codec, m: Measured, originals: list[list[i
 
 def mean_sixteenths(codec: Codec, originals: list[list[int]]) -> float:
     """Mean length of the windows in sixteenths, from their metres."""
-    lengths = []
-    for ids in originals:
-        score = codec.decode(ids)
-        starts = bar_starts(score)
-        lengths.append(starts[min(codec.n_bars, len(starts) - 1)] * 4 / score.tpq)
-    return float(np.mean(lengths))
+    lines = [bar_starts(codec.decode(ids))[:codec.n_bars + 1] for ids in originals]
+    return float(np.mean([starts[-1] * 4 / TPQ for starts in lines]))
 
 
 def mutual_information(m: Measured, seed: int = 0) -> float:
@@ -137,8 +122,8 @@ def prior_quality(model: MusicVAE, codec: Codec, n: int, n_tokens: int, max_toke
     decoded everywhere, held to the grammar, and `_free` without it, as a measure of what the model itself knows."""
     z = prior_latents(model, n, n_tokens, seed)
     return {name: float(np.mean([is_wellformed(codec, ids) for ids in
-                                 decode(model, codec.table, z, max_tokens=max_tokens, temperature=PRIOR_TEMPERATURE,
-                                        seed=seed, grammar=grammar)]))
+                                 decode(model, codec.table, z, max_tokens=max_tokens, temperature=1.0, seed=seed,
+                                        grammar=grammar)]))
             for name, grammar in (("prior_wellformed", codec.grammar), ("prior_wellformed_free", None))}
 
 

@@ -17,11 +17,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from mtxlib.config import SPLITS
 from mtxlib.files import append, atomic_text, locked
 from mtxlib.music.readers import KINDS, STEADY, read_apart
 
 FORM = 2  # raise it when the normal form or the manifest changes: older caches are then rebuilt
-SPLITS = {"train": 0.8, "valid": 0.9, "test": 1.0}  # where each ends, as a share of the tunes
+ENDS = dict(zip(SPLITS, (0.8, 0.9, 1.0), strict=True))  # where each split ends, as a share of the tunes
 JSFAKES_URL = "https://github.com/omarperacha/js-fakes/archive/68b476d5b265e579d87c74a68f2160f26007fa56.zip"
 JSFAKES_SHA256 = "3deb874011b8c4ac5d01874ee2ea4140ba88c69c224ccb6cbca0b3ebdc7df6d4"  # of midi/*.mid, not of the zip
 JSB_URL = "https://raw.githubusercontent.com/czhuang/JSB-Chorales-dataset/master/Jsb16thSeparated.json"
@@ -86,8 +87,8 @@ def split_by_tune(tunes: Iterable[str], taken: dict[str, str]) -> dict[str, str]
     """Tune -> split: as in `taken`, else 80/10/10 by the hash of the tune. If that leaves a split empty and there are
     three tunes or more, the tune whose hash is nearest to its end moves there."""
     place = {t: int(hashlib.sha256(f"split:{t}".encode()).hexdigest()[:13], 16) / 16**13 for t in sorted(set(tunes))}
-    splits = {t: taken.get(t) or next(s for s, end in SPLITS.items() if p < end) for t, p in place.items()}
-    for split, end in SPLITS.items():
+    splits = {t: taken.get(t) or next(s for s, end in ENDS.items() if p < end) for t, p in place.items()}
+    for split, end in ENDS.items():
         sizes = Counter(splits.values())
         free = [t for t in splits if t not in taken and sizes[splits[t]] > 1]
         if split not in sizes and len(splits) >= 3 and free:

@@ -8,7 +8,7 @@ from symusic import Note, Score, Tempo, TimeSignature, Track
 
 from mtxlib.config import BOS, Config
 from mtxlib.data.store import pad_sequences
-from mtxlib.data.tokens import Codec, base_ids, in_programs, load_tokenizer, make_tokenizer, window_ids
+from mtxlib.data.tokens import Codec, base_ids, load_tokenizer, make_tokenizer, window_ids
 from mtxlib.music.normal import normalise
 from mtxlib.music.score import bar_starts, cut, window_bars
 
@@ -101,16 +101,3 @@ def test_they_are_saved_with_the_tokenizer_and_learn_bpe(codec, dials, tmp_path)
 def test_impossible_dials_are_refused(wrong):
     with pytest.raises(ValueError, match=f"parameter '{next(iter(wrong))}'"):
         Config.from_flat(wrong)
-
-
-@pytest.mark.parametrize(("programs", "expected", "said"), [
-    ([0, 33], [0, 33], ""), ([4, 33], [6, 33], "program 4 taken as 6"), ([0, 4], [0, 6], "program 4 taken as 6"),
-    ([38, 0], [33, 0], "program 38 taken as 33"), ([127, 33], [6, 33], "program 127 taken as 6")])
-def test_unknown_programs_go_to_their_nearest_free_relative(programs, expected, said):
-    score = Score(480)
-    for program in programs:
-        score.tracks.append(Track("", program, False))
-        score.tracks[-1].notes.append(Note(0, 480, 60, 80))
-    known, changed = in_programs(score, {0, 6, 33})
-    assert [t.program for t in known.tracks] == expected and changed == said
-    assert [t.program for t in score.tracks] == programs, "what was given stays as it was"

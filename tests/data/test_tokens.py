@@ -21,6 +21,7 @@ from mtxlib.data.tokens import (
     base_ids,
     build_store,
     in_all_keys,
+    in_programs,
     load_tokenizer,
     make_tokenizer,
     programs_of,
@@ -546,7 +547,7 @@ def test_tokenize_lays_windows_end_to_end(store, pieces):
         assert windows.batch([i]).slots.tolist() == store.batch([j]).slots.tolist()
 
 
-def test_programs_are_those_of_the_training_pieces(pieces, tmp_path):
+def test_programs_are_those_of_every_split(pieces, tmp_path):
     score = Score(480)
     for program, is_drum in ((7, False), (0, True)):
         score.tracks.append(Track("", program, is_drum))
@@ -554,4 +555,25 @@ def test_programs_are_those_of_the_training_pieces(pieces, tmp_path):
     score.dump_midi(tmp_path / "x.mid")
     odd = replace(pieces[0], path=tmp_path / "x.mid", split="train")
     assert programs_of([odd, *pieces]) == {-1, 7, 42, 52, 53, 54}
-    assert programs_of([replace(odd, split="test"), *pieces]) == {-1, 7, 42, 52, 53, 54}, "held-out pieces too"
+    assert programs_of([replace(odd, split="test"), *pieces]) == {-1, 7, 42, 52, 53, 54}
+
+
+@pytest.mark.parametrize(("programs", "known", "expected", "said"), [
+    ([0, 33], {0, 33}, [0, 33], []),
+    ([4], {0, 6, 8}, [6], ["program 4 becomes 6"]),  # its family first: 8 is no piano
+    ([7], {0, 8}, [0], ["program 7 becomes 0"]),
+    ([20], {0, 33}, [33], ["program 20 becomes 33"]),  # no relative: the nearest number
+    ([0, 4], {0, 6}, [0, 6], ["program 4 becomes 6"]),
+    ([0, 4], {0, -1}, [0, 0], ["program 4 becomes 0 beside a track that has it"]),
+    ([-1, 4], {0}, [-1, 0], ["drums left out (1 notes)", "program 4 becomes 0"]),
+    ([-1, 4], {-1}, [-1, 4], ["program 4 left out (1 notes)"]),
+])
+def test_unknown_programs_become_their_nearest_relatives(programs, known, expected, said):
+    score = Score(480)
+    for program in programs:
+        score.tracks.append(Track("", max(program, 0), program < 0))
+        score.tracks[-1].notes.append(Note(0, 480, 60, 80))
+    out, changed = in_programs(score, known)
+    assert [-1 if t.is_drum else t.program for t in out.tracks] == expected and changed == said
+    assert out.note_num() == len(programs) - sum("left out" in what for what in said)
+    assert [-1 if t.is_drum else t.program for t in score.tracks] == programs, "what was given stays as it was"

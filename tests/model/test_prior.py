@@ -205,6 +205,21 @@ def test_posteriors_of_pieces_are_their_windows(composer, pieces):
         torch.testing.assert_close(found.mu[:len(ours)], ours, atol=1e-4, rtol=1e-4)
 
 
+def test_lines_in_all_keys_are_drawn_from_a_seed(composer, pieces):
+    pieces = [piece for piece in pieces if piece.name != "gap.mid"][:2]
+
+    def drawn(*how):
+        return [line.mu for line in lines_of(composer.model, composer.codec, pieces, *how)]
+
+    def among(mu, others):
+        return any(mu.shape == other.shape and torch.allclose(mu, other, atol=1e-4) for other in others)
+
+    everything, few = drawn(1000), drawn(7, 3)
+    assert len(everything) > 12 and len(few) == 7 and all(among(mu, everything) for mu in few)
+    assert all(among(mu, everything) for mu in drawn()), "the pieces' own keys are among them"
+    assert all(map(torch.equal, few, drawn(7, 3))) and not all(among(mu, few) for mu in drawn(7, 4))
+
+
 @pytest.mark.parametrize("bars", [1, 3, 4, 5, 6, 11])
 def test_a_piece_is_as_long_as_asked(bars, composer):
     a, b = composer.compose(2, bars, seed=4)
