@@ -34,7 +34,7 @@ STEPS = 21  # positions of the slider from A to B
 TOP_P = 0.95  # where the temperature is not 0
 REACH, FINE = 3.0, 0.25  # of the sliders of attributes, see `latent.attributes.Directions.move`
 HIDDEN = "none"  # of a layout's `display`; "" is seen
-ROW = Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 16px")
+ROW = {"flex_flow": "row wrap", "align_items": "center", "grid_gap": "4px 16px"}  # of a Layout each: one may be hidden
 STYLE = """<style>.mtx audio {height: 36px; width: 320px; display: block}
 .mtx img {background: white; border-radius: 4px; height: auto}</style>"""
 
@@ -89,7 +89,7 @@ def button(text: str, icon: str, call) -> widgets.Button:
 
 
 def row(*parts: widgets.Widget) -> widgets.HBox:
-    return widgets.HBox(parts, layout=ROW)
+    return widgets.HBox(parts, layout=Layout(**ROW))
 
 
 class Studio(widgets.VBox):
@@ -178,7 +178,7 @@ class Chooser(widgets.HBox):
         self.piece.observe(self.pick, "value")
         self.bars.observe(lambda _: self.changed(), "value")
         self.upload.observe(self.take, "value")
-        super().__init__([self.piece, self.bars, self.upload], layout=ROW)
+        super().__init__([self.piece, self.bars, self.upload], layout=Layout(**ROW))
 
     def pick(self, _=None) -> None:
         with self.studio.telling():

@@ -254,3 +254,10 @@ def test_pieces_shorter_than_a_window_are_not_offered(own, pieces):
     assert len(widgets.Morph(own, pieces).a.music) == len(offered) < len(pieces)
     with pytest.raises(ValueError, match="expected one of"):
         widgets.Morph(own, [p for p in pieces if p not in offered])
+
+
+def test_hiding_the_bars_hides_nothing_else(own, pieces):
+    m = widgets.Morph(own, pieces)
+    rows = [child for child in m.children if isinstance(child, widgets.widgets.HBox)]
+    assert m.by_bar.layout.display == widgets.HIDDEN
+    assert [child.layout.display for child in rows if child is not m.by_bar] == [None] * (len(rows) - 1)
