@@ -174,7 +174,9 @@ def waveform(score) -> tuple[np.ndarray, int]:
         return np.zeros(RATE, np.float32), RATE
     score, sound, end = score.copy(), 0, max(n.end for t in tracks for n in t.notes)
     tempos = sorted((t for t in score.tempos if t.time <= end), key=lambda t: t.time) or [symusic.Tempo(0, 120)]
-    # The renderer stops dead at the last event: a tempo that changes nothing lets the last notes ring.
+    # The renderer stops dead at the last event: a tempo that changes nothing lets the last notes ring. What else stands
+    # in the score, such as the end of a window, must not come later.
+    score.markers, score.time_signatures = [], []
     score.tempos = [*tempos, symusic.Tempo(end + round(TAIL * tempos[-1].qpm / 60 * score.tpq), tempos[-1].qpm)]
     for i in range(0, len(tracks), CHANNELS):  # more tracks would share a channel, and with it the program
         score.tracks = tracks[i:i + CHANNELS]

@@ -13,7 +13,7 @@ import soundfile
 from IPython.display import SVG
 from matplotlib.colors import to_rgb
 from small_scores import ALTO, BASS, PROGRAMS, SOPRANO, TENOR, chorale, classes, read_back, score_of
-from symusic import Score, Tempo
+from symusic import Note, Score, Tempo, TextMeta, TimeSignature, Track
 
 from mtxlib.music import display, notation
 
@@ -314,3 +314,14 @@ def test_save_writes_what_the_name_says(tmp_path, suffix):
         assert Score(tmp_path / "a.mid").note_num() == chorale().note_num()
     else:
         assert read_back((tmp_path / "a.musicxml").read_text())[0, 1] == SOPRANO
+
+
+def test_the_sound_ends_after_the_last_note_whatever_is_marked_later():
+    score = Score(480)
+    score.tracks.append(Track("", 0, False))
+    score.tracks[0].notes.append(Note(0, 960, 60, 80))
+    score.markers.append(TextMeta(9600, "the end of the window"))
+    score.time_signatures.append(TimeSignature(4800, 3, 4))
+    samples, rate = display.waveform(score)
+    assert len(samples) / rate == pytest.approx(1 + display.TAIL, abs=0.05)
+    assert len(score.markers) == len(score.time_signatures) == 1, "the score stays as it was"
